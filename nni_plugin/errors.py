@@ -1,0 +1,53 @@
+"""Errors of this package.
+
+Every error says what was expected, what was got and what to do. Unless its text says otherwise, the
+model that was passed in is unchanged when one of these is raised.
+"""
+
+
+class NNIPluginError(Exception):
+    """Base class of every error that this package raises on purpose."""
+
+
+class PlanError(NNIPluginError):
+    """A plan cannot be read, or does not fit the model it is applied to."""
+
+
+class BudgetError(NNIPluginError):
+    """A budget is malformed, or cannot be met; the text says what could be reached."""
+
+
+class CriterionError(NNIPluginError):
+    """A criterion lacks the data it needs, or its scores are not finite."""
+
+
+class GraphError(NNIPluginError):
+    """The coupled channel groups of a model could not be found."""
+
+
+class SurgeryError(NNIPluginError):
+    """Channels could not be removed; the model has been put back as it was."""
+
+
+class ScheduleError(NNIPluginError):
+    """A pruning schedule is malformed or was driven in the wrong order."""
+
+
+class ModelError(NNIPluginError):
+    """A model is unknown, cannot be built, or its weights do not fit."""
+
+
+class DataError(NNIPluginError):
+    """A data set is unknown, missing, empty or damaged."""
+
+
+class TrainingError(NNIPluginError):
+    """Training cannot go on: a loss that is not finite, an unknown optimizer, a damaged checkpoint."""
+
+
+class CheckpointError(NNIPluginError):
+    """A saved network is damaged, hostile, incomplete or meant for another model."""
+
+
+class ExportError(NNIPluginError):
+    """A network could not be exported, or the exported one gives other numbers."""
