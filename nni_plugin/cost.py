@@ -1,0 +1,137 @@
+"""The one counter of MACs and parameters, used by budgets, plans, reports and benchmarks.
+
+MACs are multiply-accumulates of ONE sample, counted on the operators that really run (convolutions,
+matrix products, attention) by torch's own flop counter, two flops to a MAC. Normalisation, activation,
+pooling and additions count as nothing. Parameters are counted once each, however often they are shared.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from nni_plugin.errors import ModelError
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a network costs.
+
+    Args:
+        macs: Multiply-accumulates of one sample.
+        params: Number of parameters.
+    """
+
+    macs: int
+    params: int
+
+    def __str__(self) -> str:
+        """Return e.g. `40.6 M MACs, 0.27 M parameters`."""
+        return f"{self.macs / 1e6:.4g} M MACs, {self.params / 1e6:.4g} M parameters"
+
+
+def call(model: nn.Module, example_inputs: Any) -> Any:
+    """Run a model on one tensor, a tuple or list of inputs, or a dict of keyword inputs."""
+    if isinstance(example_inputs, Mapping):
+        return model(**example_inputs)
+    if isinstance(example_inputs, (tuple, list)):
+        return model(*example_inputs)
+    return model(example_inputs)
+
+
+def tensors_in(value: Any) -> list[Tensor]:
+    """Return every tensor in nested tuples, lists, dicts and dataclass-like outputs, in order."""
+    if isinstance(value, Tensor):
+        return [value]
+    if isinstance(value, Mapping):
+        value = list(value.values())
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return [tensor for item in value for tensor in tensors_in(item)]
+    return []
+
+
+def batch_size_of(example_inputs: Any) -> int:
+    """Return the length of the first dimension of the first input tensor.
+
+    Raises:
+        ModelError: There is no input tensor, or it has no batch dimension.
+    """
+    found = tensors_in(example_inputs)
+    if not found or found[0].dim() == 0 or found[0].shape[0] == 0:
+        raise ModelError("example_inputs must hold at least one tensor with a batch dimension, e.g. [1, 3, 32, 32].")
+    return found[0].shape[0]
+
+
+def count_params(model: nn.Module) -> int:
+    """Return the number of parameters, each shared one counted once."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def count_macs_by_module(model: nn.Module, example_inputs: Any) -> dict[str, int]:
+    """Count the MACs of one sample, in total and spent directly inside each leaf module.
+
+    Args:
+        model: Left as it was: mode, statistics and gradients do not change.
+        example_inputs: One tensor `[N, ...]`, or a tuple or dict of inputs.
+
+    Returns:
+        Qualified name of each module without children -> MACs, and the whole network's under `""`.
+
+    Raises:
+        ModelError: The forward pass fails on the example inputs.
+    """
+    batch = batch_size_of(example_inputs)
+    counter = FlopCounterMode(display=False)
+    spent: dict[str, int] = {}
+    begun: dict[str, int] = {}
+    hooks = []
+
+    def before(name: str) -> Any:
+        return lambda *_: begun.__setitem__(name, counter.get_total_flops())
+
+    def after(name: str) -> Any:
+        return lambda *_: spent.__setitem__(name, spent.get(name, 0) + counter.get_total_flops() - begun[name])
+
+    for name, module in model.named_modules():
+        if name and next(module.children(), None) is None:
+            hooks += [module.register_forward_pre_hook(before(name)), module.register_forward_hook(after(name))]
+    modes = {module: module.training for module in model.modules()}
+    try:
+        model.eval()
+        with torch.no_grad(), counter:
+            call(model, example_inputs)
+    except (RuntimeError, TypeError, ValueError, IndexError) as error:
+        raise ModelError(f"The model does not run on the example inputs: {error}") from error
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for module, training in modes.items():
+            module.training = training
+    macs = {name: flops // (2 * batch) for name, flops in spent.items() if flops}
+    macs[""] = counter.get_total_flops() // (2 * batch)
+    return macs
+
+
+def count(model: nn.Module, example_inputs: Any) -> Cost:
+    """Count the MACs of one sample and the parameters of a network.
+
+    Args:
+        model: Left as it was.
+        example_inputs: One tensor `[N, ...]`, or a tuple or dict of inputs.
+
+    Returns:
+        The cost, independent of `N`.
+
+    Raises:
+        ModelError: The forward pass fails on the example inputs.
+
+    Example:
+        >>> count(nn.Conv2d(3, 8, 3, padding=1, bias=False), torch.zeros(2, 3, 4, 4))
+        Cost(macs=3456, params=216)
+    """
+    return Cost(count_macs_by_module(model, example_inputs)[""], count_params(model))
