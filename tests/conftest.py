@@ -1,0 +1,24 @@
+"""What every test stands on: one thread, a fixed seed, hypothesis without deadlines."""
+
+import os
+import random
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import settings
+
+# A deadline measures the machine; the same examples every time make a failure in `make test` repeatable.
+settings.register_profile("local", deadline=None)
+settings.register_profile("ci", deadline=None, derandomize=True)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE") or ("ci" if os.environ.get("CI") else "local"))
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    """Start every test from the same random state, whatever ran before it in this process."""
+    random.seed(0)
+    np.random.seed(0)  # hosts draw from the global generator
+    torch.manual_seed(0)
