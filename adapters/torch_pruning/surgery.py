@@ -1,0 +1,275 @@
+"""Cut channels out of a network by a plan: all tensors sliced first, then put in place together or not at all.
+
+Parameters stay the same objects (only their data shrinks), so optimizers, hooks and tied weights keep their
+references, and `requires_grad`, dtype, device, memory format and module classes stay as they were. Each cut is
+noted per parameter, for :func:`nni_plugin.adapters.torch_pruning.carry_optimizer`.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.weak import WeakIdKeyDictionary
+
+from nni_plugin.adapters.torch_pruning.graph import find_groups
+from nni_plugin.cost import call
+from nni_plugin.errors import PlanError, SurgeryError
+from nni_plugin.groups import ChannelGroup
+from nni_plugin.plan import PruningPlan
+from nni_plugin.tensors import NORMS, shrink_sizes
+
+
+@dataclass(frozen=True)
+class Cut:
+    """What one plan did to one parameter.
+
+    Args:
+        digest: The plan's digest.
+        shape: The parameter's shape before.
+        keep: Positions kept, by dimension.
+    """
+
+    digest: str
+    shape: tuple[int, ...]
+    keep: Mapping[int, Tensor]
+
+
+CUTS: WeakIdKeyDictionary = WeakIdKeyDictionary()
+"""Every cut of every living parameter, oldest first: `dict[Parameter, list[Cut]]`, held weakly."""
+
+
+def apply_plan(
+    model: nn.Module,
+    plan: PruningPlan,
+    example_inputs: Any,
+    *,
+    groups: Iterable[ChannelGroup] | None = None,
+) -> nn.Module:
+    """Remove a plan's channels from a network, in place; on any error the network is unchanged.
+
+    Args:
+        model: The dense network that the plan is for.
+        plan: What to keep.
+        example_inputs: Inputs to trace the network with, and to run the smaller one on before it is accepted.
+        groups: The network's groups where they are known already; None finds them.
+
+    Returns:
+        The same object. Its attribute `pruning_plan` is the plan (composed with earlier ones).
+
+    Raises:
+        PlanError: The plan names a group that the network does not have, or of another width, or one that
+            must stay whole, or blocks.
+        SurgeryError: The smaller network does not run; the network has been put back as it was.
+    """
+    found = {group.name: group for group in (find_groups(model, example_inputs) if groups is None else groups)}
+    _check_fit(plan, found)
+    if plan.channels_removed == 0 and not any(group.factors for group in plan.groups):
+        warnings.warn("The plan removes nothing: the network stays as it is.", stacklevel=3)
+    earlier = getattr(model, "pruning_plan", None)
+    composed = plan if earlier is None else earlier.then(plan)
+    undo = cut_channels(model, plan, found.values())
+    try:
+        _run(model, example_inputs)
+    except (RuntimeError, ValueError, TypeError, IndexError, AssertionError) as error:
+        undo()
+        raise SurgeryError(
+            f"The network does not run without the channels of this plan ({type(error).__name__}: {error}). It has "
+            "been put back as it was; leave the layers named above whole with `ignore`."
+        ) from error
+    model.pruning_plan = composed  # type: ignore[assignment]
+    return model
+
+
+def _check_fit(plan: PruningPlan, found: Mapping[str, ChannelGroup]) -> None:
+    if plan.removed_blocks:
+        raise PlanError(f"This version removes channels only; the plan also removes blocks {plan.removed_blocks}.")
+    for entry in plan.groups:
+        group = found.get(entry.name)
+        if group is None:
+            raise PlanError(
+                f"The plan is for another model: it has a group {entry.name!r}, this one has "
+                f"{', '.join(sorted(found)[:8])}, ... The model is unchanged."
+            )
+        if group.width != entry.total:
+            raise PlanError(
+                f"The plan is for another model: group {entry.name!r} has {entry.total} channels in the plan and "
+                f"{group.width} here. The model is unchanged."
+            )
+        if entry.removed and group.fixed:
+            raise PlanError(f"Group {entry.name!r} must stay whole: {group.fixed}. The model is unchanged.")
+        labels = group.unit[list(entry.removed)]
+        if len(entry.removed) != int(torch.isin(group.unit, labels).sum()):
+            raise PlanError(f"Group {entry.name!r}: the plan parts channels that go together. The model is unchanged.")
+
+
+def cut_channels(model: nn.Module, plan: PruningPlan, groups: Iterable[ChannelGroup]) -> Any:
+    """Slice every tensor of a network by a plan, in place, without running it.
+
+    Args:
+        model: The network that `groups` was found on (or an equal one, e.g. its moving average).
+        plan: What to keep; groups not named keep everything.
+        groups: The network's coupled groups.
+
+    Returns:
+        A function that puts everything back.
+    """
+    keep = _positions_to_keep(model, plan, groups)
+    factors = _factors(model, plan, groups)
+    new: dict[str, Tensor] = {}
+    cuts: dict[str, Cut] = {}
+    for name in {**keep, **factors}:
+        old = _tensor(model, name)
+        data = old.detach()
+        for dim, factor in factors.get(name, {}).items():
+            shape = [1] * data.dim()
+            shape[dim] = -1
+            data = data * factor.to(data).reshape(shape)
+        new[name] = _sliced(data, keep.get(name, {}))
+        cuts[name] = Cut(plan.digest, tuple(old.shape), keep.get(name, {}))
+    sizes = _sizes(model, plan, groups)
+    return _commit(model, new, cuts, sizes)
+
+
+def _positions_to_keep(
+    model: nn.Module, plan: PruningPlan, groups: Iterable[ChannelGroup]
+) -> dict[str, dict[int, Tensor]]:
+    """Return, for each tensor that shrinks, the positions kept along each dimension that does."""
+    removed: dict[tuple[str, int], Tensor] = {}
+    kept = plan.kept()
+    for group in groups:
+        gone = torch.ones(group.width, dtype=torch.bool)
+        gone[list(kept.get(group.name, range(group.width)))] = False
+        if not gone.any():
+            continue
+        for piece in group.slices:
+            size = _tensor(model, piece.tensor).shape[piece.dim]
+            mask = removed.setdefault((piece.tensor, piece.dim), torch.zeros(size, dtype=torch.bool))
+            mask[piece.index[gone[piece.channel]]] = True
+    keep: dict[str, dict[int, Tensor]] = {}
+    for (name, dim), mask in removed.items():
+        if bool(mask.all()):
+            raise PlanError(f"{name!r} would lose all its {len(mask)} channels along dimension {dim}.")
+        if bool(mask.any()):
+            keep.setdefault(name, {})[dim] = (~mask).nonzero().flatten()
+    return keep
+
+
+def _factors(model: nn.Module, plan: PruningPlan, groups: Iterable[ChannelGroup]) -> dict[str, dict[int, Tensor]]:
+    """Return the factor of every position of the writers' affine tensors, where it is not one."""
+    wanted = {entry.name: entry for entry in plan.groups if entry.factors is not None}
+    result: dict[str, dict[int, Tensor]] = {}
+    for group in groups:
+        entry = wanted.get(group.name)
+        if entry is None or entry.factors is None:
+            continue
+        channel_factor = torch.ones(group.width, dtype=torch.float64)
+        channel_factor[list(entry.kept)] = torch.tensor(entry.factors, dtype=torch.float64)
+        for writer in group.writers:
+            layer = None if writer.kind == "parameter" else model.get_submodule(writer.path)
+            for piece in writer.slices:
+                leaf = piece.tensor.rpartition(".")[2]
+                if isinstance(layer, NORMS) and leaf.startswith("running_"):
+                    continue
+                per_position = result.setdefault(piece.tensor, {}).setdefault(
+                    piece.dim, torch.ones(_tensor(model, piece.tensor).shape[piece.dim], dtype=torch.float64)
+                )
+                per_position[piece.index] *= channel_factor[piece.channel]
+    return result
+
+
+def _sliced(data: Tensor, keep: Mapping[int, Tensor]) -> Tensor:
+    layout = torch.preserve_format
+    if data.dim() == 4 and data.is_contiguous(memory_format=torch.channels_last) and not data.is_contiguous():
+        layout = torch.channels_last
+    for dim, positions in keep.items():
+        data = data.index_select(dim, positions.to(data.device))
+    return data.clone(memory_format=layout) if layout is torch.preserve_format else data.contiguous(memory_format=layout)
+
+
+def _sizes(
+    model: nn.Module, plan: PruningPlan, groups: Iterable[ChannelGroup]
+) -> dict[nn.Module, dict[str, object]]:
+    """Return the size attributes of each layer after the cut."""
+    gone_by_axis: dict[tuple[str, Any], set[int]] = {}
+    kept = plan.kept()
+    for group in groups:
+        gone = torch.ones(group.width, dtype=torch.bool)
+        gone[list(kept.get(group.name, range(group.width)))] = False
+        for member in group.members:
+            if member.kind not in ("parameter", "") and gone.any():
+                positions = member.index[gone[member.channel]].tolist()
+                gone_by_axis.setdefault((member.path, member.axis), set()).update(positions)
+    sizes: dict[nn.Module, dict[str, object]] = {}
+    for (path, axis), positions in gone_by_axis.items():
+        layer = model.get_submodule(path)
+        sizes.setdefault(layer, {}).update(shrink_sizes(layer, axis, len(positions)))
+    return sizes
+
+
+def _commit(
+    model: nn.Module,
+    new: Mapping[str, Tensor],
+    cuts: Mapping[str, Cut],
+    sizes: Mapping[nn.Module, dict[str, object]],
+) -> Any:
+    """Put the sliced tensors and sizes in place; return what undoes it."""
+    old = {name: (_tensor(model, name).data, _tensor(model, name).grad) for name in new}
+    old_sizes = {layer: {key: getattr(layer, key) for key in values} for layer, values in sizes.items()}
+    for name, data in new.items():
+        tensor = _tensor(model, name)
+        gradient = tensor.grad
+        _set_data(tensor, data)
+        if gradient is not None:
+            tensor.grad = _sliced(gradient, cuts[name].keep)
+        if isinstance(tensor, nn.Parameter):
+            CUTS.setdefault(tensor, []).append(cuts[name])
+    for layer, values in sizes.items():
+        for key, value in values.items():
+            setattr(layer, key, value)
+
+    def undo() -> None:
+        for name, (data, gradient) in old.items():
+            tensor = _tensor(model, name)
+            _set_data(tensor, data)
+            tensor.grad = gradient
+            if isinstance(tensor, nn.Parameter):
+                CUTS[tensor].pop()
+        for layer, values in old_sizes.items():
+            for key, value in values.items():
+                setattr(layer, key, value)
+
+    return undo
+
+
+def _set_data(tensor: Tensor, data: Tensor) -> None:
+    """Swap a tensor's data for one of another shape.
+
+    A loss still held from before keeps the old gradient accumulator alive, which remembers the old shape;
+    autograd drops it only when dtype or device change, so the data passes through another dtype.
+    """
+    tensor.grad = None
+    other = torch.float32 if data.dtype != torch.float32 else torch.float64
+    tensor.data = torch.empty(0, dtype=other, device=data.device)
+    tensor.data = data
+
+
+def _tensor(model: nn.Module, name: str) -> Tensor:
+    path, _, leaf = name.rpartition(".")
+    tensor: Tensor = getattr(model.get_submodule(path), leaf)
+    return tensor
+
+
+def _run(model: nn.Module, example_inputs: Any) -> None:
+    modes = {module: module.training for module in model.modules()}
+    try:
+        model.eval()
+        with torch.no_grad():
+            call(model, example_inputs)
+    finally:
+        for module, training in modes.items():
+            module.training = training

@@ -1,0 +1,127 @@
+"""Prove a plan: the network with the plan's channels held at zero against the compact one."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nni_plugin.adapters.torch_pruning.graph import find_groups
+from nni_plugin.adapters.torch_pruning.surgery import cut_channels
+from nni_plugin.cost import call, tensors_in
+from nni_plugin.errors import SurgeryError
+from nni_plugin.groups import ChannelGroup
+from nni_plugin.masks import mask_plan
+from nni_plugin.plan import PruningPlan
+from nni_plugin.tensors import CHANNEL_NORMS
+
+TOLERANCE = 1e-4
+"""Largest accepted difference, relative to the largest output."""
+
+
+@dataclass(frozen=True)
+class Parity:
+    """How far the masked and the compact network are apart.
+
+    Args:
+        max_abs: Largest absolute difference of any output.
+        max_rel: The same over the largest absolute output of the masked network.
+        tolerance: Largest accepted `max_rel`.
+        exempt: Layers that normalise over removed channels, so that the two differ by right.
+    """
+
+    max_abs: float
+    max_rel: float
+    tolerance: float
+    exempt: tuple[str, ...]
+
+    @property
+    def ok(self) -> bool:
+        """Whether they agree, or differ by right."""
+        return bool(self.exempt) or self.max_rel <= self.tolerance
+
+    def __str__(self) -> str:
+        """Return one line for a person to read."""
+        difference = f"masked against compact: {self.max_abs:.3g} absolute, {self.max_rel:.3g} relative"
+        if self.exempt:
+            more = f" and {len(self.exempt) - 1} more" if len(self.exempt) > 1 else ""
+            return f"{difference}; differs by right: {self.exempt[0]!r}{more} normalises over removed channels"
+        return f"{difference} ({'equal' if self.ok else 'NOT EQUAL'} within {self.tolerance:g})"
+
+
+def verify(
+    model_before: nn.Module,
+    plan: PruningPlan,
+    example_inputs: Any,
+    *,
+    groups: Sequence[ChannelGroup] | None = None,
+    tolerance: float = TOLERANCE,
+) -> Parity:
+    """Compare the masked network with the compact one on the example inputs, in eval mode.
+
+    Args:
+        model_before: The dense network; copied twice, itself untouched.
+        plan: The plan to prove, with its factors.
+        example_inputs: One tensor `[N, ...]`, or a tuple or dict of inputs.
+        groups: The network's groups where they are known already; None finds them.
+        tolerance: Largest accepted relative difference.
+
+    Returns:
+        The differences; `.ok` says whether they are acceptable.
+
+    Raises:
+        SurgeryError: One of the two networks gives other outputs in number or shape, or does not run.
+    """
+    found = list(find_groups(model_before, example_inputs) if groups is None else groups)
+    masked, compact = copy.deepcopy(model_before), copy.deepcopy(model_before)
+    _fold_factors(masked, plan, found)
+    mask_plan(masked, plan, found)
+    cut_channels(compact, plan, found)
+    try:
+        expected, got = (_outputs(network, example_inputs) for network in (masked, compact))
+    except (RuntimeError, ValueError, TypeError, IndexError, AssertionError) as error:
+        raise SurgeryError(f"The pruned network does not run: {error}. The model is unchanged.") from error
+    if [a.shape for a in expected] != [b.shape for b in got]:
+        raise SurgeryError(
+            f"The pruned network returns {[tuple(b.shape) for b in got]}, expected "
+            f"{[tuple(a.shape) for a in expected]}. The model is unchanged."
+        )
+    largest = max((float(a.abs().max()) for a in expected if a.numel()), default=0.0)
+    difference = max((_distance(a, b) for a, b in zip(expected, got, strict=True) if a.numel()), default=0.0)
+    relative = 0.0 if difference == 0 else difference / largest if largest else float("inf")
+    return Parity(difference, relative, tolerance, _norms_over_removed(model_before, plan, found))
+
+
+def _distance(a: Tensor, b: Tensor) -> float:
+    difference = float((a - b).abs().max())
+    return float("inf") if difference != difference else difference
+
+
+def _outputs(network: nn.Module, example_inputs: Any) -> list[Tensor]:
+    network.eval()
+    with torch.no_grad():
+        return [t for t in tensors_in(call(network, example_inputs)) if t.is_floating_point()]
+
+
+def _fold_factors(model: nn.Module, plan: PruningPlan, groups: Sequence[ChannelGroup]) -> None:
+    """Fold a plan's factors into a network without removing anything."""
+    if any(entry.factors for entry in plan.groups):
+        entries = []
+        for entry in plan.groups:
+            factors = torch.ones(entry.total, dtype=torch.float64)
+            if entry.factors is not None:
+                factors[list(entry.kept)] = torch.tensor(entry.factors, dtype=torch.float64)
+            entries.append(replace(entry, kept=tuple(range(entry.total)), factors=tuple(factors.tolist())))
+        cut_channels(model, replace(plan, groups=tuple(entries)), groups)
+
+
+def _norms_over_removed(
+    model: nn.Module, plan: PruningPlan, groups: Sequence[ChannelGroup]
+) -> tuple[str, ...]:
+    cut = {entry.name for entry in plan.groups if entry.removed}
+    paths = {m.path for group in groups if group.name in cut for m in group.members if m.kind == "norm"}
+    return tuple(sorted(path for path in paths if isinstance(model.get_submodule(path), CHANNEL_NORMS)))

@@ -1,0 +1,137 @@
+"""What every channel criterion is: scores per coupled channel, from data gathered inside a context.
+
+A criterion is called with a group and returns one score a channel; higher means keep. It takes our own
+:class:`~nni_plugin.groups.ChannelGroup` as well as a group of Torch-Pruning, so the same object drives our
+plans and serves as `importance=` of any stock Torch-Pruning pruner. Whatever data it needs is gathered inside
+`collect`, one `update()` a minibatch, between the backward pass and the optimizer's step.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nni_plugin.errors import CriterionError
+from nni_plugin.groups import ChannelGroup
+
+
+class Criterion(ABC):
+    """Base class of the channel criteria.
+
+    Subclasses say what one minibatch contributes (:meth:`_gather`) and how a group is scored
+    (:meth:`_score`); this class keeps the context, the state and the checks.
+    """
+
+    needs_gradients = True
+    """Whether a backward pass must precede `update()`."""
+
+    def __init__(self) -> None:
+        self._model: nn.Module | None = None
+        self._groups: tuple[ChannelGroup, ...] = ()
+        self.reset()
+
+    @contextmanager
+    def collect(self, model: nn.Module, groups: Sequence[ChannelGroup] = ()) -> Iterator[Criterion]:
+        """Watch a network while minibatches run; nothing stays on it afterwards.
+
+        Args:
+            model: The network whose gradients will be read; a distributed wrapper is looked through.
+            groups: The groups that will be scored. With them memory stays at one number a channel; without
+                them one row is kept per minibatch until a group is named.
+
+        Raises:
+            CriterionError: The network is frozen, or this criterion is collecting already.
+        """
+        if self._model is not None:
+            raise CriterionError(f"{type(self).__name__} is collecting already; leave the first context before.")
+        model = getattr(model, "module", model) if hasattr(model, "device_ids") else model
+        if self.needs_gradients and not any(parameter.requires_grad for parameter in model.parameters()):
+            raise CriterionError(
+                f"{type(self).__name__} needs gradients, but every parameter of {type(model).__name__} is frozen. "
+                "Set requires_grad on the parameters to score, or choose a criterion without data."
+            )
+        self._model, self._groups = model, tuple(groups)
+        self._attach(model)
+        try:
+            yield self
+        finally:
+            self._detach()
+            self._model, self._groups = None, ()
+
+    def update(self) -> None:
+        """Take in one minibatch: call it after the backward pass and before the optimizer's step.
+
+        Raises:
+            CriterionError: Outside `collect`, or the minibatch left nothing to read.
+        """
+        if self._model is None:
+            raise CriterionError(
+                f"{type(self).__name__}.update() belongs inside `with criterion.collect(model):`, after backward()."
+            )
+        self._gather(self._model)
+        self.minibatches += 1
+
+    def __call__(self, group: Any) -> Tensor:
+        """Score the channels of a group.
+
+        Args:
+            group: A :class:`ChannelGroup`, or a group of Torch-Pruning holding all channels of its root.
+
+        Returns:
+            Scores, float32 or float64 on the CPU, shape `[width]`, higher = keep, in the order of the root.
+
+        Raises:
+            CriterionError: No data was collected, a layer lacks what is needed, or a score is not finite.
+        """
+        group = ChannelGroup.from_host(group)
+        if self.needs_gradients and self.minibatches == 0:
+            raise CriterionError(
+                f"{type(self).__name__} has seen no minibatch: run some inside `with criterion.collect(model):`, "
+                "calling criterion.update() after each backward()."
+            )
+        scores = self._score(group)
+        if scores.shape != (group.width,) or not bool(torch.isfinite(scores).all()):
+            bad = int((~torch.isfinite(scores)).sum())
+            raise CriterionError(
+                f"{type(self).__name__} gave {bad} scores that are not finite for group {group.name!r}: the loss or "
+                "a gradient was not finite. Lower the learning rate, or look at the data."
+            )
+        return scores
+
+    def reset(self) -> None:
+        """Forget everything collected."""
+        self.minibatches = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what was collected, as nested dicts of tensors and numbers."""
+        return {"minibatches": self.minibatches}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Put back what :meth:`state_dict` returned."""
+        self.minibatches = int(state["minibatches"])
+
+    def all_reduce(self) -> None:
+        """Sum what every process collected, so that all hold the same scores; nothing alone."""
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            count = torch.tensor(self.minibatches)
+            torch.distributed.all_reduce(count)
+            self.minibatches = int(count)
+
+    def _attach(self, model: nn.Module) -> None:
+        """Put hooks on the network, where a criterion needs any."""
+
+    def _detach(self) -> None:
+        """Take the hooks off again."""
+
+    @abstractmethod
+    def _gather(self, model: nn.Module) -> None:
+        """Take in one minibatch."""
+
+    @abstractmethod
+    def _score(self, group: ChannelGroup) -> Tensor:
+        """Return the scores of a group, shape `[width]`."""

@@ -1,0 +1,286 @@
+"""Coupled channel groups as plain index data: what must be removed together, and who writes a channel.
+
+A dependency graph (Torch-Pruning's) says which slices of which layers go when a channel of a root layer
+goes. :class:`ChannelGroup` keeps that answer as index tensors over qualified names, in the numbering of
+the network it was found on, so that scoring, masking, costing and slicing are index arithmetic and the
+graph is asked once.
+
+Writers and carriers. A *carrier* works channel by channel (a normalisation, a depthwise convolution). A
+layer whose output reaches nothing but carriers of its own group is superseded by them; the layers that
+remain are the group's *writers*: the last channel-wise affine step before anybody reads the channel. Each
+reader then sees exactly one writer's output, so a gate on every writer is the gate on the channel: after
+BN2 in a residual block, after the second BN of an inverted residual, after each of the BNs behind a
+concatenation. Where two members of a group are multiplied (squeeze-excite, gated linear units, layer
+scale) only one factor carries the gate.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nni_plugin.errors import GraphError
+from nni_plugin.tensors import Axis, kind_of, places_of, tie_period
+
+
+@dataclass(frozen=True, eq=False)
+class Slice:
+    """The positions of one tensor dimension that belong to a group's channels.
+
+    Args:
+        tensor: Qualified name of the parameter or buffer.
+        dim: Dimension that holds the channels.
+        index: Positions along `dim`, int64, shape `[n]`.
+        channel: The group's channel behind each position, int64, shape `[n]`.
+    """
+
+    tensor: str
+    dim: int
+    index: Tensor
+    channel: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Member:
+    """One axis of one layer (or one bare parameter) in a group.
+
+    Args:
+        path: Qualified name of the layer, or of the bare parameter.
+        axis: `"out"` (writes or carries the channel) or `"in"` (reads it).
+        kind: `"norm"`, `"depthwise"`, `"dense"`, `"prelu"`, `"embedding"`, `"parameter"`; `""` for a layer
+            that cannot be cut.
+        index: Positions on the axis, int64, shape `[n]`.
+        channel: The group's channel behind each position, int64, shape `[n]`.
+        slices: The same, tensor by tensor.
+        ties: For each position the label of those that must go together, or None.
+        writer: Whether the channel's gate lies on this member's output.
+    """
+
+    path: str
+    axis: Axis
+    kind: str
+    index: Tensor
+    channel: Tensor
+    slices: tuple[Slice, ...]
+    ties: Tensor | None = None
+    writer: bool = False
+
+
+@dataclass(frozen=True, eq=False)
+class ChannelGroup:
+    """Channels that are coupled across layers, one unit of removal each (or a few tied ones).
+
+    Args:
+        name: Qualified name of the root layer.
+        width: Number of channels.
+        members: Every axis of every layer that holds these channels, the root first.
+        fixed: Why the group must keep all its channels; None when it may be pruned.
+        host: The group as the dependency graph gave it, for criteria that read that form.
+    """
+
+    name: str
+    width: int
+    members: tuple[Member, ...]
+    fixed: str | None = None
+    host: Any = field(default=None, repr=False)
+
+    @property
+    def writers(self) -> tuple[Member, ...]:
+        """The members on whose output the channel's gate lies."""
+        return tuple(member for member in self.members if member.writer)
+
+    @property
+    def readers(self) -> tuple[Member, ...]:
+        """The dense layers that read the channel."""
+        return tuple(member for member in self.members if member.axis == "in")
+
+    @property
+    def slices(self) -> tuple[Slice, ...]:
+        """Every tensor slice of every member."""
+        return tuple(piece for member in self.members for piece in member.slices)
+
+    @cached_property
+    def unit(self) -> Tensor:
+        """Label of the unit of removal of each channel: int64, shape `[width]`, labels `0..units-1`.
+
+        Channels tied by a grouped convolution or a GroupNorm share a label.
+        """
+        label = list(range(self.width))
+
+        def root(i: int) -> int:
+            while label[i] != i:
+                label[i] = label[label[i]]
+                i = label[i]
+            return i
+
+        for member in self.members:
+            if member.ties is None:
+                continue
+            first: dict[int, int] = {}
+            for tie, channel in zip(member.ties.tolist(), member.channel.tolist(), strict=True):
+                a, b = root(first.setdefault(tie, channel)), root(channel)
+                label[max(a, b)] = min(a, b)
+        roots = torch.tensor([root(i) for i in range(self.width)])
+        return torch.unique(roots, return_inverse=True)[1]
+
+    @property
+    def units(self) -> int:
+        """Number of units of removal."""
+        return int(self.unit.max()) + 1
+
+    def freeze(self, reason: str) -> ChannelGroup:
+        """Return the same group, not to be pruned for the given reason."""
+        return replace(self, fixed=reason)
+
+    @classmethod
+    def from_host(cls, group: Any) -> ChannelGroup:
+        """Read a group of a dependency graph.
+
+        Args:
+            group: A sequence of items with `.dep.target` (node), `.dep.handler` (pruning function),
+                `.idxs` and `.root_idxs`, root first, as Torch-Pruning's `Group` is.
+
+        Returns:
+            The group with its channels numbered `0..len(group[0].idxs)-1` in the order of the root.
+
+        Raises:
+            GraphError: The group comes from no graph that knows its layers' names.
+        """
+        graph = getattr(group, "_DG", None)
+        if isinstance(group, ChannelGroup):
+            return group
+        if graph is None or len(group) == 0:
+            raise GraphError("Expected a group of a built dependency graph, got one without its graph.")
+        number = {int(index): i for i, index in enumerate(group[0].idxs)}
+        writers = _writers(group)
+        members = []
+        for item in group:
+            node = item.dep.target
+            if not _is_layer(node):
+                continue
+            axis: Axis = "in" if item.dep.handler.__name__ == "prune_in_channels" else "out"
+            root_idxs = item.idxs if item.root_idxs is None else item.root_idxs
+            member = _member(
+                graph,
+                node,
+                axis,
+                torch.tensor([int(i) for i in item.idxs], dtype=torch.int64),
+                torch.tensor([number[int(i)] for i in root_idxs], dtype=torch.int64),
+            )
+            members.append(replace(member, writer=axis == "out" and node in writers))
+        return cls(name=members[0].path, width=len(number), members=tuple(members), host=group)
+
+
+def kept_from(masks: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Turn boolean masks of the channels to keep into ascending index tensors."""
+    return {name: mask.nonzero().flatten() for name, mask in masks.items()}
+
+
+def _is_layer(node: Any) -> bool:
+    """Tell layers and bare parameters from the operators between them."""
+    return isinstance(node.module, nn.Parameter) or not type(node.module).__name__.startswith("_")
+
+
+def _member(graph: Any, node: Any, axis: Axis, index: Tensor, channel: Tensor) -> Member:
+    if isinstance(node.module, nn.Parameter):
+        path = graph._param_to_name[node.module]
+        dim = node.pruning_dim % node.module.dim()
+        return Member(path, axis, "parameter", index, channel, (Slice(path, dim, index, channel),))
+    layer, path = node.module, graph._module2name[node.module]
+    kind = kind_of(layer)
+    # A layer that carries its channels through has one axis, whatever side it was reached from.
+    axis = axis if kind == "dense" else "out"
+    slices = []
+    for place in places_of(layer, axis):
+        where, who = index, channel
+        if place.period is not None:
+            where = index % place.period
+            first = where[:, None].eq(where[None, :]).int().argmax(dim=1) == torch.arange(len(where))
+            where, who = where[first], channel[first]
+        slices.append(Slice(f"{path}.{place.tensor}" if path else place.tensor, place.dim, where, who))
+    period = tie_period(layer, axis) if kind else None
+    return Member(path, axis, kind, index, channel, tuple(slices), None if period is None else index % period)
+
+
+def _writers(group: Any) -> set[Any]:
+    """Return the nodes on whose output the gate of each channel lies; see the module's text."""
+    inside = {item.dep.target for item in group}
+    outputs = [item.dep.target for item in group if item.dep.handler.__name__ != "prune_in_channels"]
+    layers = [node for node in outputs if _is_layer(node)]
+    carriers = {node for node in layers if kind_of(node.module) in ("norm", "depthwise")}
+    candidates = [node for node in layers if kind_of(node.module) != "prelu"]
+    writers = {node for node in candidates if not _reached(node, inside, carriers) <= carriers}
+    writers |= {node for node in candidates if not _reached(node, inside, carriers)}
+    for product in inside:
+        if not _is_layer(product) and "Mul" in str(getattr(product.module, "_grad_fn", "")):
+            sides = [side & writers for side in (_producers(n, inside) for n in product.inputs)]
+            sides = [side for i, side in enumerate(sides) if side and side not in sides[:i]]
+            if len(sides) > 1:
+                main = _main_side(sides)
+                writers -= set().union(*sides) - main
+    return writers
+
+
+def _walkable(node: Any) -> bool:
+    return not _is_layer(node) or kind_of(node.module) == "prelu"
+
+
+def _reached(node: Any, inside: set[Any], carriers: set[Any]) -> set[Any]:
+    """Return the layers (and the network's ends) that a node's output reaches through operators alone."""
+    found: set[Any] = set()
+    stack, seen = list(node.outputs), set()
+    while stack:
+        current = stack.pop()
+        if current in seen or current not in inside:
+            continue
+        seen.add(current)
+        if _walkable(current) and current.outputs:
+            stack += current.outputs
+        else:
+            found.add(current)
+    return found
+
+
+def _producers(node: Any, inside: set[Any]) -> set[Any]:
+    """Return the layers whose output reaches a node through operators alone."""
+    found: set[Any] = set()
+    stack, seen = [node], set()
+    while stack:
+        current = stack.pop()
+        if current in seen or current not in inside:
+            continue
+        seen.add(current)
+        if _walkable(current):
+            stack += current.inputs
+        else:
+            found.add(current)
+    return found
+
+
+def _main_side(sides: Iterable[set[Any]]) -> set[Any]:
+    """Choose the factor of a product that carries the gate: computed first, and not a bare parameter."""
+    sides = sorted(sides, key=lambda side: any(isinstance(node.module, nn.Parameter) for node in side))
+    main = sides[0]
+    for side in sides[1:]:
+        if _leads_to(side, main):
+            main = side
+    return main
+
+
+def _leads_to(sources: set[Any], targets: set[Any], limit: int = 200) -> bool:
+    """Tell whether a target is computed from a source, looking at most `limit` nodes back."""
+    queue, seen = list(targets), set()
+    while queue and len(seen) < limit:
+        current = queue.pop(0)
+        if current in seen:
+            continue
+        seen.add(current)
+        if current in sources:
+            return True
+        queue += current.inputs
+    return False
