@@ -235,5 +235,5 @@ def test_published_weights_out_of_reach(monkeypatch: pytest.MonkeyPatch) -> None
         raise URLError("no route to host")
 
     monkeypatch.setattr(WeightsEnum, "get_state_dict", refuse)
-    with pytest.raises(ModelError, match="could not fetch the published weights of 'resnet18'.*no route"):
+    with pytest.raises(ModelError, match=r"could not fetch the published weights of 'resnet18'.*no route"):
         create_model("resnet18", "torchvision", pretrained=True)
