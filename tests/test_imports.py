@@ -19,15 +19,15 @@ FOLDERS = {
 
 # The house, lowest room first. A module may import from its own floor and from the floors below.
 FLOORS = (
-    frozenset(
-        {"errors", "machine", "tensors", "groups", "cost", "latency", "masks", "plan", "report", "networks"}
-    ),
+    frozenset({"errors", "machine", "tensors", "groups", "cost", "latency", "masks", "plan", "networks"}),
+    frozenset({"report", "report_plots"}),
     frozenset({"criteria"}),
     frozenset({"budgets"}),
+    frozenset({"selection", "slim_cost", "schedules"}),
     frozenset({"layers", "performance"}),
     frozenset({"adapters"}),
+    frozenset({"channel_pruner"}),
     frozenset({"planner", "checkpoint"}),
-    frozenset({"schedules"}),
     frozenset({"pruners"}),
     frozenset({""}),  # nni_plugin/__init__.py, which only gathers the public names
     frozenset({"benchmarks"}),
