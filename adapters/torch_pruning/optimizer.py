@@ -28,9 +28,7 @@ def carry_optimizer(optimizer: Optimizer, plan: PruningPlan) -> Optimizer:
         SurgeryError: The plan has not been applied to this optimizer's parameters; nothing is changed.
     """
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    cuts = {
-        parameter: cut for parameter in parameters for cut in CUTS.get(parameter, []) if cut.digest == plan.digest
-    }
+    cuts = {parameter: cut for parameter in parameters for cut in CUTS.get(parameter, []) if cut.digest == plan.digest}
     if not cuts and (plan.channels_removed or any(group.factors for group in plan.groups)):
         raise SurgeryError(
             "None of the optimizer's parameters was cut by this plan. Apply it first (plan.apply), to the network "

@@ -188,12 +188,12 @@ def _sliced(data: Tensor, keep: Mapping[int, Tensor]) -> Tensor:
         layout = torch.channels_last
     for dim, positions in keep.items():
         data = data.index_select(dim, positions.to(data.device))
-    return data.clone(memory_format=layout) if layout is torch.preserve_format else data.contiguous(memory_format=layout)
+    return (
+        data.clone(memory_format=layout) if layout is torch.preserve_format else data.contiguous(memory_format=layout)
+    )
 
 
-def _sizes(
-    model: nn.Module, plan: PruningPlan, groups: Iterable[ChannelGroup]
-) -> dict[nn.Module, dict[str, object]]:
+def _sizes(model: nn.Module, plan: PruningPlan, groups: Iterable[ChannelGroup]) -> dict[nn.Module, dict[str, object]]:
     """Return the size attributes of each layer after the cut."""
     gone_by_axis: dict[tuple[str, Any], set[int]] = {}
     kept = plan.kept()

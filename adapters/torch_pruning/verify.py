@@ -119,9 +119,7 @@ def _fold_factors(model: nn.Module, plan: PruningPlan, groups: Sequence[ChannelG
         cut_channels(model, replace(plan, groups=tuple(entries)), groups)
 
 
-def _norms_over_removed(
-    model: nn.Module, plan: PruningPlan, groups: Sequence[ChannelGroup]
-) -> tuple[str, ...]:
+def _norms_over_removed(model: nn.Module, plan: PruningPlan, groups: Sequence[ChannelGroup]) -> tuple[str, ...]:
     cut = {entry.name for entry in plan.groups if entry.removed}
     paths = {m.path for group in groups if group.name in cut for m in group.members if m.kind == "norm"}
     return tuple(sorted(path for path in paths if isinstance(model.get_submodule(path), CHANNEL_NORMS)))

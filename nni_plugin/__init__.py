@@ -1,0 +1,30 @@
+"""Structured pruning for timm and torchvision models: one plan, exact surgery, any host."""
+
+from nni_plugin.adapters.torch_pruning import Parity, carry_optimizer, verify
+from nni_plugin.budgets import Channels, MACs, Params
+from nni_plugin.channel_pruner import ChannelPruner
+from nni_plugin.cost import Cost, count
+from nni_plugin.errors import NNIPluginError
+from nni_plugin.plan import GroupPlan, ModelIdentity, PruningPlan
+from nni_plugin.planner import plan_channels
+from nni_plugin.schedules import Continuous, Iterative, OneShot
+
+__all__ = [
+    "ChannelPruner",
+    "Channels",
+    "Continuous",
+    "Cost",
+    "GroupPlan",
+    "Iterative",
+    "MACs",
+    "ModelIdentity",
+    "NNIPluginError",
+    "OneShot",
+    "Params",
+    "Parity",
+    "PruningPlan",
+    "carry_optimizer",
+    "count",
+    "plan_channels",
+    "verify",
+]

@@ -1,0 +1,385 @@
+"""Prune channels while a training loop runs: score, mask, cut, and know the plan at any time.
+
+A callback for any loop. Between the backward pass and the optimizer's step call `on_backward(loss)`, after it
+`on_step()`. Channels are held at zero from the moment they are chosen; the network is cut physically when the
+budget is met (`cut="end"`), after every pruning step (`"step"`) or by the caller (`"never"`); the plan is the
+same. It is always in the numbering of the dense network.
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib.metadata
+import math
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from nni_plugin.adapters.torch_pruning import apply_plan, carry_optimizer, cut_channels, find_groups
+from nni_plugin.budgets import Budget, Size
+from nni_plugin.cost import count
+from nni_plugin.criteria.base import Criterion
+from nni_plugin.errors import CriterionError, GraphError, ScheduleError
+from nni_plugin.masks import Masks
+from nni_plugin.plan import GroupPlan, PruningPlan
+from nni_plugin.schedules import OneShot, Schedule
+from nni_plugin.selection import Ranking, solve
+from nni_plugin.slim_cost import SlimCost
+
+ForeignCriterion = Callable[[Any], "Tensor | None"]
+"""A stock importance of Torch-Pruning: called with the graph's own group."""
+
+
+class ChannelPruner:
+    """Drives one network to a budget by a criterion and a schedule.
+
+    Args:
+        model: The network to prune (unwrapped), left as it was by this call.
+        example_inputs: One tensor `[N, ...]`, or a tuple or dict of inputs.
+        criterion: One of `nni_plugin.criteria`, or any stock importance of Torch-Pruning, which reads the
+            gradients of the last minibatch before a pruning step.
+        budget: What the result may cost.
+        schedule: When to prune.
+        round_to: Widths become multiples of this (the nearest), or stay whole.
+        min_channels: No group gets narrower.
+        ignore: Layers to leave whole; the classifier always is.
+        cut: When channels leave the network physically.
+
+    Raises:
+        GraphError: The network cannot be traced, or nothing in it may be pruned.
+        BudgetError: The budget cannot be met even with every group at its smallest.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        example_inputs: Any,
+        criterion: Criterion | ForeignCriterion,
+        budget: Budget,
+        *,
+        schedule: Schedule | None = None,
+        round_to: int = 1,
+        min_channels: int = 1,
+        ignore: Iterable[str | nn.Module] = (),
+        cut: Literal["end", "step", "never"] = "end",
+    ) -> None:
+        if cut not in ("end", "step", "never"):
+            raise ScheduleError(f"cut must be 'end', 'step' or 'never', got {cut!r}.")
+        self.model, self.example_inputs = model, example_inputs
+        self.criterion, self.budget, self.schedule = criterion, budget, schedule or OneShot()
+        self.round_to, self.min_channels, self.cut_when = round_to, min_channels, cut
+        self._ignore = [i if isinstance(i, str) else _path_of(model, i) for i in ignore]
+        self.optimizer: torch.optim.Optimizer | None = None
+        self.ema: nn.Module | None = None
+        self._find()
+        self.dense: Size = self._slim_cost.dense
+        self._dense_widths = {group.name: group.width for group in self.groups}
+        self._origin = {group.name: torch.arange(group.width) for group in self.groups}
+        self._kept = dict(self._origin)
+        self._average: dict[str, Tensor] = {}
+        self._score_range: dict[str, tuple[float, float]] = {}
+        self._fresh: dict[str, Tensor] | None = None
+        self._stack = ExitStack()
+        self._collecting = False
+        self._since, self._loss_sum, self._loss_count = 0, 0.0, 0
+        self.done, self.is_cut = False, False
+        self.steps: list[dict[str, float]] = []
+        self._result: Size | None = None
+        # Reachable at all? Widths do not depend on the scores, so any will do.
+        level = Ranking(
+            self.groups,
+            {group.name: torch.zeros(group.width) for group in self.groups},
+            round_to=round_to,
+            min_channels=min_channels,
+        )
+        solve(level, budget, self.dense, self._slim_cost.predict)
+
+    # -- what a training loop calls ---------------------------------------------------------------------
+
+    def on_train_begin(self, state: Any) -> None:
+        """Take the optimizer and the moving average from a training state, to cut them along."""
+        self.optimizer, self.ema = state.optimizer, state.ema
+
+    def on_backward(self, loss: float) -> None:
+        """Take in a minibatch: gradients are there (unscaled), nothing is clipped or stepped yet.
+
+        Args:
+            loss: The minibatch's training loss.
+
+        Raises:
+            CriterionError: The loss is not finite, or a layer lacks the gradients to score it.
+        """
+        if not math.isfinite(loss):
+            raise CriterionError(f"The training loss is {loss}; lower the learning rate or look at the data.")
+        if self.done:
+            if not self.is_cut:
+                self._masks.zero_grads()
+            return
+        self._loss_sum, self._loss_count = self._loss_sum + loss, self._loss_count + 1
+        self._since += 1
+        if isinstance(self.criterion, Criterion):
+            self._collect()
+            self.criterion.update()
+        elif self._due():
+            self._fresh = self._foreign_scores()
+        self._masks.zero_grads()
+
+    def on_step(self) -> None:
+        """After the optimizer's step: hold removed channels at zero, prune when the schedule says so."""
+        if not self.is_cut:
+            self._masks.zero_weights()
+        if self.done:
+            return
+        if self._due():
+            self._prune(self.schedule.channels)
+        elif self._since >= (self.schedule.minibatches or math.inf):
+            self._loss_sum, self._loss_count = 0.0, 0  # checked and skipped: the next check has its own mean
+
+    def on_epoch_end(self, epoch: int, metrics: dict[str, float]) -> None:
+        """Add how far pruning has come to the epoch's metrics."""
+        size = self.size()
+        metrics["kept"] = size.channels / self.dense.channels
+        metrics["macs_ratio"] = size.cost.macs / self.dense.cost.macs
+
+    def finish(self) -> PruningPlan:
+        """Go to the budget now, with what has been collected, if the schedule has not got there; return the plan.
+
+        Raises:
+            ScheduleError: Nothing has been collected since the last step.
+        """
+        if not self.done:
+            if self._since == 0 and getattr(self.criterion, "needs_gradients", True):
+                raise ScheduleError(
+                    "No minibatch has run since the last pruning step, so there is nothing to rank by: run some, or "
+                    "shorten the schedule (fewer minibatches or more channels a step)."
+                )
+            if not isinstance(self.criterion, Criterion):
+                self._fresh = self._foreign_scores()
+            self._prune(None)
+        return self.plan()
+
+    def close(self) -> None:
+        """Stop collecting; hooks leave the network."""
+        self._stack.close()
+        self._collecting = False
+
+    # -- what it knows ----------------------------------------------------------------------------------
+
+    def size(self) -> Size:
+        """Return the size of the network without the channels removed so far."""
+        return self._result or self._slim_cost.predict(self._kept)
+
+    def plan(self) -> PruningPlan:
+        """Return the plan so far, on the dense network."""
+        groups = tuple(
+            GroupPlan(
+                name,
+                width,
+                tuple(self._origin[name][self._kept[name]].tolist()),
+                score_range=self._score_range.get(name),
+            )
+            for name, width in self._dense_widths.items()
+        )
+        return PruningPlan(
+            groups=groups,
+            model=getattr(self.model, "nni_plugin_identity", None),
+            cost_before=self.dense.cost,
+            cost_after=self.size().cost,
+            provenance={
+                "criterion": _describe(self.criterion),
+                "budget": repr(self.budget),
+                "schedule": repr(self.schedule),
+                "round_to": self.round_to,
+                "min_channels": self.min_channels,
+                "versions": {name: importlib.metadata.version(name) for name in ("nni-plugin", "torch")},
+            },
+        )
+
+    def cut(self) -> None:
+        """Remove the channels chosen so far from the network, its optimizer and its moving average."""
+        plan = self._relative_plan()
+        if plan.channels_removed:
+            groups = self._all_groups
+            apply_plan(self.model, plan, self.example_inputs, groups=groups)
+            if self.optimizer is not None:
+                carry_optimizer(self.optimizer, plan)
+            if self.ema is not None:
+                cut_channels(self.ema, plan, groups)
+        self._origin = {name: self._origin[name][index] for name, index in self._kept.items()}
+        self._average = {name: score[self._kept[name]] for name, score in self._average.items()}
+        self.is_cut = self.done
+        self.close()
+        self._find()
+        self._kept = {group.name: torch.arange(group.width) for group in self.groups}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return everything needed to go on, as nested dicts of tensors and numbers."""
+        inner = self.criterion.state_dict() if isinstance(self.criterion, Criterion) else {}
+        return {
+            "origin": dict(self._origin),
+            "kept": dict(self._kept),
+            "average": dict(self._average),
+            "score_range": dict(self._score_range),
+            "since": self._since,
+            "loss_sum": self._loss_sum,
+            "loss_count": self._loss_count,
+            "done": self.done,
+            "steps": list(self.steps),
+            "criterion": inner,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from :meth:`state_dict`, on a freshly built dense network, which is cut or masked as it was then.
+
+        Raises:
+            ScheduleError: The state is of another network.
+        """
+        widths = {name: len(index) for name, index in state["origin"].items()}
+        if set(widths) != set(self._dense_widths) or any(widths[n] > w for n, w in self._dense_widths.items()):
+            raise ScheduleError("The saved pruning state is of another network; start again without resuming.")
+        self.done = bool(state["done"])
+        self._kept = dict(state["origin"])
+        if any(widths[name] < width for name, width in self._dense_widths.items()):
+            self.cut()
+        self._kept = dict(state["kept"])
+        self._masks.remove(self._kept)
+        self._masks.zero_weights()
+        self._average, self._score_range = dict(state["average"]), dict(state["score_range"])
+        self._since = int(state["since"])
+        self._loss_sum, self._loss_count = float(state["loss_sum"]), int(state["loss_count"])
+        self.steps = list(state["steps"])
+        if isinstance(self.criterion, Criterion):
+            self.criterion.load_state_dict(state["criterion"])
+
+    # -- how it works -----------------------------------------------------------------------------------
+
+    def _find(self) -> None:
+        foreign = not isinstance(self.criterion, Criterion)
+        self._all_groups = find_groups(self.model, self.example_inputs, ignore=self._ignore, keep_host=foreign)
+        self.groups = [group for group in self._all_groups if group.fixed is None]
+        if not self.groups:
+            reasons = "; ".join(f"{group.name}: {group.fixed}" for group in self._all_groups[:5])
+            raise GraphError(f"Nothing in {type(self.model).__name__} may be pruned. {reasons}")
+        self._slim_cost = SlimCost(self.model, self.example_inputs, self.groups)
+        self._masks = Masks(self.model, self.groups)
+
+    def _collect(self) -> None:
+        if not self._collecting:
+            assert isinstance(self.criterion, Criterion)
+            self._stack.enter_context(self.criterion.collect(self.model, self.groups))
+            self._collecting = True
+
+    def _due(self) -> bool:
+        mean_loss = self._loss_sum / max(self._loss_count, 1)
+        return self.schedule.due(self._since, mean_loss)
+
+    def _foreign_scores(self) -> dict[str, Tensor]:
+        scores = {}
+        for group in self.groups:
+            score = self.criterion(group.host)
+            if score is not None:
+                scores[group.name] = score.detach().cpu()
+        return scores
+
+    def _scores(self) -> dict[str, Tensor]:
+        """Score every group, average with earlier windows, and let removed channels go first."""
+        if isinstance(self.criterion, Criterion):
+            self.criterion.all_reduce()
+            fresh = {group.name: self.criterion(group) for group in self.groups}
+        else:
+            fresh, self._fresh = self._fresh or {}, None
+        momentum = self.schedule.momentum
+        scores = {}
+        for group in self.groups:
+            # A foreign importance that skips a group wants it whole.
+            score = fresh.get(group.name, torch.full((group.width,), math.inf)).double()
+            if bool(torch.isnan(score).any()) or score.shape != (group.width,):
+                raise CriterionError(
+                    f"{_describe(self.criterion)} gave scores of shape {tuple(score.shape)}, some not a number, for "
+                    f"group {group.name!r} of {group.width} channels."
+                )
+            before = self._average.get(group.name)
+            score = score if before is None else momentum * before + (1 - momentum) * score
+            self._average[group.name] = score
+            self._score_range[group.name] = (float(score.min()), float(score.max()))
+            gone = torch.full_like(score, -math.inf)
+            gone[self._kept[group.name]] = score[self._kept[group.name]]
+            scores[group.name] = gone
+        return scores
+
+    def _prune(self, channels: int | None) -> None:
+        """Take one step of so many channels, or all the way to the budget (None)."""
+        ranking = Ranking(self.groups, self._scores(), round_to=self.round_to, min_channels=self.min_channels)
+        before = self._slim_cost.predict(self._kept).channels
+        last, kept = solve(ranking, self.budget, self.dense, self._slim_cost.predict)
+        if channels is not None:
+            asked = before - channels
+            units = ranking.fewest(lambda k: sum(len(index) for index in k.values()) <= asked)
+            if units is not None and units < last:
+                kept, last = ranking.kept(units), -1
+        if last >= 0:
+            kept = self._exact(ranking, kept)
+            self.done = True
+        self._kept = kept
+        self._masks.remove(kept)
+        self._masks.zero_weights()
+        if isinstance(self.criterion, Criterion):
+            self.criterion.reset()
+        self._since, self._loss_sum, self._loss_count = 0, 0.0, 0
+        size = self.size()
+        self.steps.append({"channels": size.channels, "macs": size.cost.macs, "params": size.cost.params})
+        if self.done:
+            self.close()
+            if size.channels == self.dense.channels:
+                warnings.warn(
+                    f"The plan removes nothing: {self.budget} is met by the dense network ({self.dense.cost}).",
+                    stacklevel=4,
+                )
+        if self.cut_when == "step" or (self.cut_when == "end" and self.done):
+            self.cut()
+
+    def _exact(self, ranking: Ranking, kept: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Count on the slim network; where arithmetic was off, search again by counting."""
+        self._result = self._counted(kept)
+        if self._result != self._slim_cost.predict(kept):
+            _, kept = solve(ranking, self.budget, self.dense, self._counted)
+            self._result = self._counted(kept)
+        return kept
+
+    def _counted(self, kept: dict[str, Tensor]) -> Size:
+        slim = copy.deepcopy(self.model)
+        cut_channels(slim, self._relative_plan(kept), self._all_groups)
+        return Size(count(slim, self.example_inputs), sum(len(index) for index in kept.values()))
+
+    def _relative_plan(self, kept: Mapping[str, Tensor] | None = None) -> PruningPlan:
+        """Return the plan on the network as it is now."""
+        kept = self._kept if kept is None else kept
+        return PruningPlan(
+            tuple(
+                GroupPlan(
+                    group.name, group.width, tuple(kept[group.name].tolist()), None, self._score_range.get(group.name)
+                )
+                for group in self.groups
+            ),
+            model=getattr(self.model, "nni_plugin_identity", None),
+        )
+
+
+def _describe(criterion: Any) -> str:
+    if isinstance(criterion, Criterion):
+        options = ", ".join(
+            f"{k}={v!r}" for k, v in vars(criterion).items() if not k.startswith("_") and k != "minibatches"
+        )
+        return f"{type(criterion).__name__}({options})"
+    return f"{type(criterion).__module__}.{type(criterion).__name__}"
+
+
+def _path_of(model: nn.Module, layer: nn.Module) -> str:
+    for name, module in model.named_modules():
+        if module is layer:
+            return name
+    raise GraphError(f"A layer to ignore ({type(layer).__name__}) is not part of the model.")

@@ -1,0 +1,129 @@
+"""Scores and a budget make a plan; the network that is asked about stays as it was."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from nni_plugin.budgets import Budget
+from nni_plugin.channel_pruner import ChannelPruner, ForeignCriterion
+from nni_plugin.criteria.base import Criterion
+from nni_plugin.errors import CriterionError
+from nni_plugin.plan import PruningPlan
+from nni_plugin.schedules import OneShot, Schedule
+
+
+def plan_channels(
+    model: nn.Module,
+    example_inputs: Any,
+    criterion: Criterion | ForeignCriterion,
+    batches: Iterable[Any],
+    loss_fn: Callable[[nn.Module, Any], Tensor],
+    budget: Budget,
+    *,
+    schedule: Schedule | None = None,
+    round_to: int = 1,
+    min_channels: int = 1,
+    ignore: Iterable[str | nn.Module] = (),
+) -> PruningPlan:
+    """Choose the channels to keep so that a network meets a budget.
+
+    Args:
+        model: Scored in the mode it is in (`model.eval()` for the network as it is used; `model.train()` as it is
+            trained). Weights, statistics, gradients and mode are put back.
+        example_inputs: One tensor `[N, ...]`, or a tuple or dict of inputs.
+        criterion: One of `nni_plugin.criteria`, or any stock importance of Torch-Pruning.
+        batches: Minibatches, anything that `loss_fn` takes; gone through again while a schedule goes on. Not
+            read by a criterion that needs no data.
+        loss_fn: `loss_fn(model, batch)` -> a finite scalar.
+        budget: `MACs`, `Params` or `Channels` kept; met exactly, within one unit of removal.
+        schedule: `OneShot()` scores once; `Iterative(...)` masks and scores anew, without training between.
+        round_to: Widths become multiples of this (the nearest), or stay whole.
+        min_channels: No group gets narrower.
+        ignore: Layers to leave whole, as modules or names; the classifier always is.
+
+    Returns:
+        The plan; `plan.explain()` shows it, `plan.apply(model, example_inputs)` does it.
+
+    Raises:
+        BudgetError: The budget cannot be met; the text says what can be reached.
+        CriterionError: There is no batch, a loss is not finite, or a layer lacks gradients.
+        GraphError: The network cannot be traced, or nothing may be pruned.
+    """
+    with _unchanged(model):
+        pruner = ChannelPruner(
+            model,
+            example_inputs,
+            criterion,
+            budget,
+            schedule=schedule or OneShot(),
+            round_to=round_to,
+            min_channels=min_channels,
+            ignore=ignore,
+            cut="never",
+        )
+        try:
+            if getattr(criterion, "needs_gradients", True):
+                _drive(pruner, model, batches, loss_fn)
+            return pruner.finish()
+        finally:
+            pruner.close()
+
+
+def _drive(
+    pruner: ChannelPruner, model: nn.Module, batches: Iterable[Any], loss_fn: Callable[[nn.Module, Any], Tensor]
+) -> None:
+    accumulate = not isinstance(pruner.criterion, Criterion)
+    one_pass = pruner.schedule.channels is None
+    total = len(batches) if hasattr(batches, "__len__") else None
+    with tqdm(desc="score", total=total if one_pass else None, unit="batch", delay=2, disable=None) as bar:
+        while not pruner.done:
+            seen = 0
+            for batch in batches:
+                seen += 1
+                if not accumulate:
+                    model.zero_grad(set_to_none=True)
+                loss = loss_fn(model, batch)
+                if loss.dim() != 0 or not loss.requires_grad:
+                    raise CriterionError(
+                        f"loss_fn must return a scalar that depends on the model's parameters, got shape "
+                        f"{tuple(loss.shape)}, requires_grad={loss.requires_grad}."
+                    )
+                loss.backward()
+                pruner.on_backward(float(loss.detach()))
+                pruner.on_step()
+                bar.update()
+                if pruner.done:
+                    return
+            if seen == 0:
+                raise CriterionError("There is no batch to score with: the loader is empty (or used up).")
+            if one_pass:
+                return
+
+
+@contextmanager
+def _unchanged(model: nn.Module) -> Iterator[None]:
+    """Put back weights, buffers, gradients and modes at the end."""
+    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    values = {name: tensor.detach().clone() for name, tensor in tensors.items()}
+    gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
+    modes = {module: module.training for module in model.modules()}
+    random = copy.copy(torch.random.get_rng_state())
+    model.zero_grad(set_to_none=True)
+    try:
+        yield
+    finally:
+        torch.random.set_rng_state(random)
+        with torch.no_grad():
+            for name, tensor in tensors.items():
+                tensor.copy_(values[name])
+        for name, parameter in model.named_parameters():
+            parameter.grad = gradients[name]
+        for module, training in modes.items():
+            module.training = training
