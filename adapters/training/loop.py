@@ -275,7 +275,8 @@ class _Run:
         """Return the content of the checkpoint, or None where there is none yet."""
         if self._path is None or not self._path.exists():
             return None
-        return read_checkpoint(self._path, self._settings)
+        content: dict[str, Any] = read_checkpoint(self._path, self._settings)
+        return content
 
     def _restore(self, content: dict[str, Any]) -> dict[str, Any]:
         """Put every part back, callbacks first, and return the random state for the next minibatch."""
@@ -301,4 +302,5 @@ class _Run:
 
 def _finite(tensors: list[torch.Tensor]) -> bool:
     """Return whether every value of every tensor is finite."""
-    return all(bool(tensor.isfinite().all()) for tensor in tensors)
+    # One transfer from the device, not one a tensor.
+    return not tensors or bool(torch.stack([tensor.isfinite().all() for tensor in tensors]).all())
