@@ -9,8 +9,10 @@ same. It is always in the numbering of the dense network.
 from __future__ import annotations
 
 import copy
+import dataclasses
 import importlib.metadata
 import math
+import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
@@ -19,11 +21,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from nni_plugin.adapters.torch_pruning import apply_plan, carry_optimizer, cut_channels, find_groups
+from nni_plugin.adapters.torch_pruning import Parity, apply_plan, carry_optimizer, cut_channels, find_groups, verify
 from nni_plugin.budgets import Budget, Size
 from nni_plugin.cost import count
 from nni_plugin.criteria.base import Criterion
-from nni_plugin.errors import CriterionError, GraphError, ScheduleError
+from nni_plugin.errors import CriterionError, GraphError, ScheduleError, SurgeryError
 from nni_plugin.masks import Masks
 from nni_plugin.plan import GroupPlan, PruningPlan
 from nni_plugin.schedules import OneShot, Schedule
@@ -75,6 +77,7 @@ class ChannelPruner:
         self._ignore = [i if isinstance(i, str) else _path_of(model, i) for i in ignore]
         self.optimizer: torch.optim.Optimizer | None = None
         self.ema: nn.Module | None = None
+        self._dense_widths: dict[str, int] = {}
         self._find()
         self.dense: Size = self._slim_cost.dense
         self._dense_widths = {group.name: group.width for group in self.groups}
@@ -88,6 +91,8 @@ class ChannelPruner:
         self._since, self._loss_sum, self._loss_count = 0, 0.0, 0
         self.done, self.is_cut = False, False
         self.steps: list[dict[str, float]] = []
+        self.parity: Parity | None = None
+        self.seconds = {"score": 0.0, "plan": 0.0, "surgery": 0.0}
         self._result: Size | None = None
         # Reachable at all? Widths do not depend on the scores, so any will do.
         level = Ranking(
@@ -119,6 +124,7 @@ class ChannelPruner:
             if not self.is_cut:
                 self._masks.zero_grads()
             return
+        begun = time.perf_counter()
         self._loss_sum, self._loss_count = self._loss_sum + loss, self._loss_count + 1
         self._since += 1
         if isinstance(self.criterion, Criterion):
@@ -127,6 +133,7 @@ class ChannelPruner:
         elif self._due():
             self._fresh = self._foreign_scores()
         self._masks.zero_grads()
+        self.seconds["score"] += time.perf_counter() - begun
 
     def on_step(self) -> None:
         """After the optimizer's step: hold removed channels at zero, prune when the schedule says so."""
@@ -135,7 +142,11 @@ class ChannelPruner:
         if self.done:
             return
         if self._due():
+            begun = time.perf_counter()
             self._prune(self.schedule.channels)
+            self.seconds["plan"] += time.perf_counter() - begun
+            if self.cut_when == "step" or (self.cut_when == "end" and self.done):
+                self.cut()
         elif self._since >= (self.schedule.minibatches or math.inf):
             self._loss_sum, self._loss_count = 0.0, 0  # checked and skipped: the next check has its own mean
 
@@ -159,7 +170,11 @@ class ChannelPruner:
                 )
             if not isinstance(self.criterion, Criterion):
                 self._fresh = self._foreign_scores()
+            begun = time.perf_counter()
             self._prune(None)
+            self.seconds["plan"] += time.perf_counter() - begun
+            if self.cut_when != "never":
+                self.cut()
         return self.plan()
 
     def close(self) -> None:
@@ -200,11 +215,28 @@ class ChannelPruner:
         )
 
     def cut(self) -> None:
-        """Remove the channels chosen so far from the network, its optimizer and its moving average."""
+        """Remove the channels chosen so far from the network, its optimizer and its moving average.
+
+        Raises:
+            SurgeryError: The compact network would not compute what the masked one does; nothing is cut.
+        """
+        begun = time.perf_counter()
         plan = self._relative_plan()
         if plan.channels_removed:
-            groups = self._all_groups
-            apply_plan(self.model, plan, self.example_inputs, groups=groups)
+            self.parity = verify(self.model, plan, self._inputs(), groups=self._all_groups)
+            if not self.parity.ok:
+                raise SurgeryError(f"{self.parity}. The network is unchanged; leave layers whole with `ignore`.")
+        self._remove_physically(plan)
+        self.seconds["surgery"] += time.perf_counter() - begun
+
+    def _inputs(self) -> Any:
+        self.example_inputs = _on_device_of(self.model, self.example_inputs)
+        return self.example_inputs
+
+    def _remove_physically(self, plan: PruningPlan) -> None:
+        groups = self._all_groups
+        if plan.channels_removed:
+            apply_plan(self.model, plan, self._inputs(), groups=groups)
             if self.optimizer is not None:
                 carry_optimizer(self.optimizer, plan)
             if self.ema is not None:
@@ -229,6 +261,8 @@ class ChannelPruner:
             "loss_count": self._loss_count,
             "done": self.done,
             "steps": list(self.steps),
+            "seconds": dict(self.seconds),
+            "parity": None if self.parity is None else dataclasses.asdict(self.parity),
             "criterion": inner,
         }
 
@@ -244,14 +278,15 @@ class ChannelPruner:
         self.done = bool(state["done"])
         self._kept = dict(state["origin"])
         if any(widths[name] < width for name, width in self._dense_widths.items()):
-            self.cut()
+            self._remove_physically(self._relative_plan())
         self._kept = dict(state["kept"])
         self._masks.remove(self._kept)
         self._masks.zero_weights()
         self._average, self._score_range = dict(state["average"]), dict(state["score_range"])
         self._since = int(state["since"])
         self._loss_sum, self._loss_count = float(state["loss_sum"]), int(state["loss_count"])
-        self.steps = list(state["steps"])
+        self.steps, self.seconds = list(state["steps"]), dict(state["seconds"])
+        self.parity = None if state["parity"] is None else Parity(**state["parity"])
         if isinstance(self.criterion, Criterion):
             self.criterion.load_state_dict(state["criterion"])
 
@@ -260,6 +295,10 @@ class ChannelPruner:
     def _find(self) -> None:
         foreign = not isinstance(self.criterion, Criterion)
         self._all_groups = find_groups(self.model, self.example_inputs, ignore=self._ignore, keep_host=foreign)
+        if self._dense_widths:
+            # Cut before: a group that is down to one unit is still part of the plan.
+            names = self._dense_widths.keys()
+            self._all_groups = [dataclasses.replace(g, fixed=None) for g in self._all_groups if g.name in names]
         self.groups = [group for group in self._all_groups if group.fixed is None]
         if not self.groups:
             reasons = "; ".join(f"{group.name}: {group.fixed}" for group in self._all_groups[:5])
@@ -339,8 +378,6 @@ class ChannelPruner:
                     f"The plan removes nothing: {self.budget} is met by the dense network ({self.dense.cost}).",
                     stacklevel=4,
                 )
-        if self.cut_when == "step" or (self.cut_when == "end" and self.done):
-            self.cut()
 
     def _exact(self, ranking: Ranking, kept: dict[str, Tensor]) -> dict[str, Tensor]:
         """Count on the slim network; where arithmetic was off, search again by counting."""
@@ -353,7 +390,7 @@ class ChannelPruner:
     def _counted(self, kept: dict[str, Tensor]) -> Size:
         slim = copy.deepcopy(self.model)
         cut_channels(slim, self._relative_plan(kept), self._all_groups)
-        return Size(count(slim, self.example_inputs), sum(len(index) for index in kept.values()))
+        return Size(count(slim, _on_device_of(slim, self.example_inputs)), sum(len(index) for index in kept.values()))
 
     def _relative_plan(self, kept: Mapping[str, Tensor] | None = None) -> PruningPlan:
         """Return the plan on the network as it is now."""
@@ -367,6 +404,18 @@ class ChannelPruner:
             ),
             model=getattr(self.model, "nni_plugin_identity", None),
         )
+
+
+def _on_device_of(model: nn.Module, inputs: Any) -> Any:
+    """Return nested inputs on the device of a model that may have moved since they were made."""
+    device = next(model.parameters()).device
+    if isinstance(inputs, Tensor):
+        return inputs.to(device)
+    if isinstance(inputs, dict):
+        return {key: _on_device_of(model, value) for key, value in inputs.items()}
+    if isinstance(inputs, (tuple, list)):
+        return tuple(_on_device_of(model, value) for value in inputs)
+    return inputs
 
 
 def _describe(criterion: Any) -> str:

@@ -51,3 +51,7 @@ class CheckpointError(NNIPluginError):
 
 class ExportError(NNIPluginError):
     """A network could not be exported, or the exported one gives other numbers."""
+
+
+class OutputError(NNIPluginError):
+    """Results cannot be written where they were asked for."""

@@ -8,6 +8,7 @@ stored as JSON, compared and explained without the network at hand.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -92,7 +93,7 @@ class GroupPlan:
         object.__setattr__(self, "kept", kept)
         if not kept:
             raise PlanError(f"Group {self.name!r} would lose all its {self.total} channels; keep at least one.")
-        if any(b <= a for a, b in zip(kept, kept[1:], strict=False)) or kept[0] < 0 or kept[-1] >= self.total:
+        if any(b <= a for a, b in itertools.pairwise(kept)) or kept[0] < 0 or kept[-1] >= self.total:
             raise PlanError(
                 f"Group {self.name!r}: kept channels must be ascending and within [0, {self.total}), got {kept}."
             )

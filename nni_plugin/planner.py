@@ -56,7 +56,7 @@ def plan_channels(
         CriterionError: There is no batch, a loss is not finite, or a layer lacks gradients.
         GraphError: The network cannot be traced, or nothing may be pruned.
     """
-    with _unchanged(model):
+    with unchanged(model):
         pruner = ChannelPruner(
             model,
             example_inputs,
@@ -69,14 +69,30 @@ def plan_channels(
             cut="never",
         )
         try:
-            if getattr(criterion, "needs_gradients", True):
-                _drive(pruner, model, batches, loss_fn)
-            return pruner.finish()
+            return run_without_training(pruner, batches, loss_fn)
         finally:
             pruner.close()
 
 
-def _drive(
+def run_without_training(
+    pruner: ChannelPruner, batches: Iterable[Any], loss_fn: Callable[[nn.Module, Any], Tensor]
+) -> PruningPlan:
+    """Drive a pruner to its budget on minibatches, without an optimizer; returns its plan.
+
+    Args:
+        pruner: The pruner; its network's gradients are used up, its removed channels are zero afterwards.
+        batches: Minibatches; one pass for a one-shot schedule, as many as it takes for others.
+        loss_fn: `loss_fn(model, batch)` -> a finite scalar.
+
+    Raises:
+        CriterionError: There is no batch, a loss is not finite, or a layer lacks gradients.
+    """
+    if getattr(pruner.criterion, "needs_gradients", True) and not pruner.done:
+        _pass_over(pruner, pruner.model, batches, loss_fn)
+    return pruner.finish()
+
+
+def _pass_over(
     pruner: ChannelPruner, model: nn.Module, batches: Iterable[Any], loss_fn: Callable[[nn.Module, Any], Tensor]
 ) -> None:
     accumulate = not isinstance(pruner.criterion, Criterion)
@@ -108,8 +124,8 @@ def _drive(
 
 
 @contextmanager
-def _unchanged(model: nn.Module) -> Iterator[None]:
-    """Put back weights, buffers, gradients and modes at the end."""
+def unchanged(model: nn.Module) -> Iterator[None]:
+    """Put back a network's weights, buffers, gradients and modes, and the random state, at the end."""
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     values = {name: tensor.detach().clone() for name, tensor in tensors.items()}
     gradients = {name: parameter.grad for name, parameter in model.named_parameters()}

@@ -56,11 +56,9 @@ class Criterion(ABC):
                 "Set requires_grad on the parameters to score, or choose a criterion without data."
             )
         self._model, self._groups = model, tuple(groups)
-        self._attach(model)
         try:
             yield self
         finally:
-            self._detach()
             self._model, self._groups = None, ()
 
     def update(self) -> None:
@@ -121,12 +119,6 @@ class Criterion(ABC):
             count = torch.tensor(self.minibatches)
             torch.distributed.all_reduce(count)
             self.minibatches = int(count)
-
-    def _attach(self, model: nn.Module) -> None:
-        """Put hooks on the network, where a criterion needs any."""
-
-    def _detach(self) -> None:
-        """Take the hooks off again."""
 
     @abstractmethod
     def _gather(self, model: nn.Module) -> None:

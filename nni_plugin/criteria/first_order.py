@@ -101,6 +101,6 @@ def _is_statistic(place: Place) -> bool:
 
 def _no_gradient(path: str) -> CriterionError:
     return CriterionError(
-        f"{path!r} has no gradient: it is frozen, or backward() has not run (or zero_grad() has). Call update() between "
-        "backward() and the optimizer's step, with requires_grad on the layers to score."
+        f"{path!r} has no gradient: it is frozen, or backward() has not run (or zero_grad() has). Call update() "
+        "between backward() and the optimizer's step, with requires_grad on the layers to score."
     )

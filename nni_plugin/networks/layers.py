@@ -13,8 +13,7 @@ def check_arguments(num_classes: int, in_chans: int, width_mult: float) -> None:
     """
     if num_classes < 1 or in_chans < 1:
         raise ModelError(
-            f"Expected num_classes >= 1 and in_chans >= 1, "
-            f"got num_classes={num_classes}, in_chans={in_chans}."
+            f"Expected num_classes >= 1 and in_chans >= 1, got num_classes={num_classes}, in_chans={in_chans}."
         )
     if not 0 < width_mult < float("inf"):
         raise ModelError(f"Expected a width_mult above 0, got {width_mult}.")

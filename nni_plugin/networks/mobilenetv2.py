@@ -83,9 +83,7 @@ class MobileNetV2(nn.Module):
         return self.classifier(self.flatten(self.avgpool(x)))  # type: ignore[no-any-return]
 
 
-def _convolution(
-    in_channels: int, channels: int, kernel: int, stride: int = 1, groups: int = 1
-) -> nn.Sequential:
+def _convolution(in_channels: int, channels: int, kernel: int, stride: int = 1, groups: int = 1) -> nn.Sequential:
     """Convolution, BN and ReLU6."""
     return nn.Sequential(
         nn.Conv2d(in_channels, channels, kernel, stride, kernel // 2, groups=groups, bias=False),

@@ -1,0 +1,1 @@
+"""What touches a foreign library, a concern a module."""

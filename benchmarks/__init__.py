@@ -1,0 +1,1 @@
+"""Comparisons and the reproductions of published tables."""

@@ -1,0 +1,86 @@
+"""`nni-plugin measure`: MACs, parameters, latency and throughput of a saved or named network."""
+
+from __future__ import annotations
+
+import argparse
+import csv
+from pathlib import Path
+from typing import Any
+
+import jsonargparse
+
+from nni_plugin.cli.arguments import above, add_common, add_model, integers
+
+DESCRIPTION = "Measure MACs, parameters, latency and throughput of a saved network, or of a model by name."
+
+
+def add_arguments(parser: jsonargparse.ArgumentParser) -> None:
+    """Declare the flags of `measure`."""
+    parser.add_argument("directory", type=Path, nargs="?", help="folder that `prune` wrote")
+    add_model(parser, required=False)
+    parser.add_argument("--num-classes", type=above(1), default=10, help="outputs of a model given by name")
+    parser.add_argument("--in-chans", type=above(1), default=3, help="channels of its images")
+    parser.add_argument("--img-size", type=above(1), default=224, help="height and width of its images")
+    parser.add_argument("-b", "--batch-size", type=integers, default=(1,), help="batch sizes, e.g. 1,16,256")
+    add_common(parser, output_required=False)
+
+
+def run(arguments: Any, command: str) -> None:
+    """Run `measure`.
+
+    Raises:
+        NNIPluginError: The network cannot be loaded, built or run.
+    """
+    import torch
+    from rich.console import Console
+    from rich.table import Table
+
+    from nni_plugin.adapters.models import create_model
+    from nni_plugin.checkpoint import from_pretrained, input_shape_of
+    from nni_plugin.cost import count
+    from nni_plugin.latency import measure_latency
+    from nni_plugin.workspace import workspace
+
+    if (arguments.directory is None) == (arguments.model is None):
+        raise argparse.ArgumentError(None, "give either a folder that `prune` wrote, or --model")
+    torch.manual_seed(arguments.seed)
+    if arguments.directory is not None:
+        model, shape = from_pretrained(arguments.directory), input_shape_of(arguments.directory)
+    else:
+        shape = (arguments.in_chans, arguments.img_size, arguments.img_size)
+        model = create_model(
+            arguments.model,
+            arguments.library,
+            num_classes=arguments.num_classes,
+            in_chans=arguments.in_chans,
+            pretrained=arguments.pretrained,
+            checkpoint=arguments.checkpoint,
+            **arguments.model_kwargs,
+        )
+    cost = count(model, torch.zeros(1, *shape))
+    rows = [
+        {
+            "batch_size": latency.batch_size,
+            "macs": cost.macs,
+            "params": cost.params,
+            "latency_median_ms": round(latency.median_ms, 4),
+            "latency_iqr_ms": round(latency.iqr_ms, 4),
+            "images_per_second": round(latency.images_per_second, 2),
+            "device": latency.device,
+            "dtype": latency.dtype,
+            "threads": latency.threads,
+        }
+        for latency in measure_latency(model, shape, arguments.batch_size, device=arguments.device)
+    ]
+    table = Table(*rows[0])
+    for row in rows:
+        table.add_row(*(str(value) for value in row.values()))
+    Console().print(table)
+    if arguments.output is not None:
+        with (
+            workspace(arguments.output, {}) as places,
+            (places.results / "measure.csv").open("w", newline="") as file,
+        ):
+            writer = csv.DictWriter(file, list(rows[0]))
+            writer.writeheader()
+            writer.writerows(rows)

@@ -1,0 +1,134 @@
+"""`nni-plugin prune`: a network pruned to a budget, fine-tuned, verified, measured and saved."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import fields
+from typing import Any
+
+import jsonargparse
+
+from nni_plugin.budgets import Budget, Channels, MACs, Params
+from nni_plugin.cli.arguments import above, add_common, add_data, add_model, integers, names
+
+DESCRIPTION = "Prune a network to a budget: train it if asked, prune, fine-tune, verify, measure, save."
+
+
+def add_arguments(parser: jsonargparse.ArgumentParser) -> None:
+    """Declare the flags of `prune`."""
+    add = parser.add_argument
+    add_model(parser, required=True)
+    add_data(parser)
+    add("--method", type=str, default="taylor-fo", help="criterion: taylor-fo, taylor-fo-weight, tp:magnitude, ...")
+    add("--macs", type=float, help="fraction of the multiply-accumulates to keep, above 0, at most 1")
+    add("--params", type=float, help="fraction of the parameters to keep")
+    add("--channels", type=int | float, help="coupled channels to keep: a count (223) or a fraction (0.5)")
+    add(
+        "--schedule",
+        type=str,
+        choices=("one-shot", "iterative", "continuous"),
+        default="one-shot",
+        help="prune before fine-tuning, step by step within it, or only while the training loss is low",
+    )
+    add("--prune-channels", type=above(1), help="channels removed in a step (done in the first half of --epochs)")
+    add("--prune-every", type=above(1), help="minibatches between steps (likewise, at most 30)")
+    add("--loss-threshold", type=float, default=1.04, help="largest training loss at which a continuous one prunes")
+    add("--score-batches", type=above(1), help="minibatches that one-shot scores on (all training data)")
+    add("--round-to", type=above(1), default=1, help="make widths multiples of this")
+    add("--min-channels", type=above(1), default=1, help="make no layer narrower than this")
+    add("--ignore", type=names, default=(), help="layers to leave whole, by name, separated by commas")
+    add("--epochs", type=above(0), default=0, help="epochs of fine-tuning")
+    add("--lr", type=float, default=0.05, help="learning rate of fine-tuning")
+    add("--pretrain-epochs", type=above(0), default=0, help="epochs to train the dense network first")
+    add("--pretrain-lr", type=float, default=0.1, help="learning rate of that")
+    add("--opt", type=str, default="sgd", help="optimizer of timm")
+    add("--momentum", type=float, default=0.9, help="momentum of the optimizer")
+    add("--weight-decay", type=float, default=5e-4, help="weight decay")
+    add("--sched", type=str, default="cosine", help="learning-rate schedule of timm")
+    add("--warmup-epochs", type=above(0), default=0, help="epochs of linear warm-up within --epochs")
+    add("--clip-grad", type=float, help="largest norm of the gradient")
+    add("--smoothing", type=float, default=0.0, help="label smoothing")
+    add("--mixup", type=float, default=0.0, help="alpha of mixup")
+    add("--model-ema", action="store_true", help="average the weights over time")
+    add("--model-ema-decay", type=float, default=0.998, help="decay of that average")
+    add("--amp", action="store_true", help="mixed precision")
+    add("--amp-dtype", type=str, choices=("bfloat16", "float16"), default="bfloat16", help="its lower precision")
+    add("--checkpoint-every", type=above(1), help="minibatches between checkpoints (every epoch)")
+    add("--latency-batch-sizes", type=integers, default=(1, 64), help="batch sizes to measure the latency at")
+    add("--resume", action="store_true", help="go on with the run that was interrupted in --output")
+    add_common(parser, output_required=True)
+
+
+def run(arguments: Any, command: str) -> None:
+    """Run `prune`.
+
+    Raises:
+        NNIPluginError: Anything the user can mend.
+    """
+    # Accelerate and the training stack load only when they are needed.
+    from rich.console import Console
+
+    from nni_plugin.workflow import run_job
+
+    console = Console(highlight=False)
+    result = run_job(
+        _job(arguments),
+        resume=arguments.resume,
+        command=command,
+        say=lambda text: console.print(text, markup=False, soft_wrap=True),
+    )
+    console.print(_table(result.metrics))
+    console.print(
+        f"{arguments.output}/report.html shows it; load it: nni_plugin.from_pretrained({str(arguments.output)!r})"
+    )
+
+
+def _job(arguments: Any) -> Any:
+    from nni_plugin.adapters.training import TrainingConfig
+    from nni_plugin.workflow import Job
+
+    given = {flag: value for flag in ("macs", "params", "channels") if (value := arguments[flag]) is not None}
+    if len(given) != 1:
+        raise argparse.ArgumentError(
+            None, f"give one budget of --macs, --params and --channels, got {list(given) or 'none'}"
+        )
+    [(flag, amount)] = given.items()
+    budget: Budget = {"macs": MACs, "params": Params, "channels": Channels}[flag](amount)
+    amp = {"bfloat16": "bf16", "float16": "fp16"}[arguments.amp_dtype] if arguments.amp else "no"
+    shared = {
+        field.name: arguments[field.name]
+        for field in fields(TrainingConfig)
+        if field.name in arguments and field.name != "amp"
+    }
+    finetune = TrainingConfig(**{**shared, "amp": amp})
+    pretrain = TrainingConfig(
+        **{
+            **shared,
+            "amp": amp,
+            "epochs": arguments.pretrain_epochs,
+            "lr": arguments.pretrain_lr,
+            "warmup_epochs": 0,
+        }
+    )
+    data = {
+        "batch_size": arguments.batch_size,
+        "img_size": arguments.img_size,
+        "in_chans": arguments.in_chans,
+        "num_classes": arguments.num_classes,
+        "num_workers": arguments.workers,
+    }
+    direct = {field.name: arguments[field.name] for field in fields(Job) if field.name in arguments}
+    return Job(**{**direct, "budget": budget, "data_kwargs": data, "pretrain": pretrain, "finetune": finetune})
+
+
+def _table(metrics: dict[str, Any]) -> Any:
+    from rich.table import Table
+
+    from nni_plugin.report import before_after
+
+    table = Table(title=f"{metrics['model']} on {metrics['dataset']}, {metrics['method']}")
+    for heading in ("", "before", "after", "change"):
+        table.add_column(heading, justify="left" if not heading else "right")
+    for row in before_after(metrics):
+        table.add_row(row.quantity, row.before, row.after, row.change)
+    return table

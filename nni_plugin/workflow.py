@@ -1,0 +1,367 @@
+"""The main job from end to end: data and model, baseline, prune, fine-tune, verify, measure, save.
+
+Everything is a function of the job: the same job on the same machine gives the same plan, also when it was
+killed and resumed, because training goes on from its checkpoints and all else is computed again.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from nni_plugin.adapters.data import DataSplits, create_loaders
+from nni_plugin.adapters.models import create_model
+from nni_plugin.adapters.training import Callback, TrainingConfig, TrainingState, evaluate, fit
+from nni_plugin.budgets import Budget, Channels, MACs, Params
+from nni_plugin.channel_pruner import ChannelPruner
+from nni_plugin.checkpoint import save_pretrained
+from nni_plugin.cost import count
+from nni_plugin.errors import SurgeryError, TrainingError
+from nni_plugin.latency import measure_pair
+from nni_plugin.machine import describe_machine
+from nni_plugin.methods import create_criterion
+from nni_plugin.plan import PruningPlan
+from nni_plugin.planner import run_without_training, unchanged
+from nni_plugin.report import Report, Target, write_report
+from nni_plugin.schedules import Continuous, Iterative, OneShot, Schedule
+from nni_plugin.workspace import Workspace, workspace
+
+
+@dataclass(frozen=True)
+class Job:
+    """What to prune, how, and where to put it; the fields are the command line's flags.
+
+    Args:
+        model: Name of the model in its library.
+        output: Folder for the results.
+        budget: What the result may cost.
+        library: `"timm"`, `"torchvision"` or `"nni_plugin"`.
+        model_kwargs: Further arguments of the model's builder.
+        checkpoint: Weights to start from.
+        pretrained: Start from the library's published weights.
+        dataset: See `adapters.data.create_loaders`.
+        data_dir: Folder of the data.
+        data_kwargs: Further arguments of `create_loaders` (batch size, image size, ...).
+        method: See `methods.METHODS`.
+        schedule: `"one-shot"`, `"iterative"` or `"continuous"`.
+        prune_channels: Channels removed in a step; None: so many that pruning is over in the first half of training.
+        prune_every: Minibatches between steps; None: twenty steps or more in that half, at most 30 minibatches apart.
+        loss_threshold: Largest mean training loss at which a continuous schedule prunes.
+        score_batches: Minibatches that a one-shot schedule scores on; None takes all training data once.
+        round_to: Widths become multiples of this.
+        min_channels: No group gets narrower.
+        ignore: Layers to leave whole, by name.
+        pretrain: Training of the dense network; its `epochs` may be 0.
+        finetune: Training of the pruned network (while it is pruned, unless one-shot).
+        latency_batch_sizes: Batch sizes to measure the latency at.
+        device: Where to run; None takes the best there is.
+        seed: Of weights and data order; the training configurations have their own.
+    """
+
+    model: str
+    output: Path
+    budget: Budget
+    library: Literal["timm", "torchvision", "nni_plugin"] = "timm"
+    model_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    checkpoint: Path | None = None
+    pretrained: bool = False
+    dataset: str = "digits"
+    data_dir: Path | None = None
+    data_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    method: str = "taylor-fo"
+    schedule: Literal["one-shot", "iterative", "continuous"] = "one-shot"
+    prune_channels: int | None = None
+    prune_every: int | None = None
+    loss_threshold: float = 1.04
+    score_batches: int | None = None
+    round_to: int = 1
+    min_channels: int = 1
+    ignore: tuple[str, ...] = ()
+    pretrain: TrainingConfig = field(default_factory=lambda: TrainingConfig(epochs=0))
+    finetune: TrainingConfig = field(default_factory=lambda: TrainingConfig(epochs=0))
+    latency_batch_sizes: tuple[int, ...] = (1, 64)
+    device: str | None = None
+    seed: int = 0
+
+    def settings(self) -> dict[str, Any]:
+        """Return what decides the outcome, as JSON values; what a resumed run must share."""
+        values = {key: value for key, value in asdict(self).items() if key != "output"}
+        values["budget"] = repr(self.budget)
+        settings: dict[str, Any] = json.loads(json.dumps(values, default=str))
+        return settings
+
+
+@dataclass(frozen=True)
+class Result:
+    """What came out of a job: the network, its plan and the content of `metrics.json`."""
+
+    model: nn.Module
+    plan: PruningPlan
+    metrics: dict[str, Any]
+
+
+def run_job(job: Job, *, resume: bool = False, command: str = "", say: Callable[[str], None] = print) -> Result:
+    """Prune a network from end to end.
+
+    Args:
+        job: What to do.
+        resume: Go on from the state that an interrupted run of the same job left in the output folder.
+        command: The command that was run, for the report.
+        say: Takes what a person should read, as it happens.
+
+    Returns:
+        The pruned network, its plan, and the metrics as written.
+
+    Raises:
+        NNIPluginError: Anything the user can mend; nothing half-written is left in the output folder.
+    """
+    criterion = create_criterion(job.method)
+    with workspace(job.output, job.settings(), resume=resume) as places:
+        return _Run(job, criterion, places, resume, say).run(command)
+
+
+class _Run:
+    """One run: its data, its network and where it writes."""
+
+    def __init__(self, job: Job, criterion: Any, places: Workspace, resume: bool, say: Callable[[str], None]) -> None:
+        torch.manual_seed(job.seed)
+        self.job, self.criterion, self.places, self.resume, self.say = job, criterion, places, resume, say
+        self.splits: DataSplits = create_loaders(job.dataset, job.data_dir, seed=job.seed, **job.data_kwargs)
+        self.device = _device(job.device)
+        self.model = create_model(
+            job.model,
+            job.library,
+            num_classes=self.splits.num_classes,
+            in_chans=self.splits.input_shape[0],
+            pretrained=job.pretrained,
+            checkpoint=job.checkpoint,
+            **job.model_kwargs,
+        ).to(self.device)
+        if not (job.checkpoint or job.pretrained or job.pretrain.epochs):
+            warnings.warn(
+                "The network has random weights: give --checkpoint, --pretrained or --pretrain-epochs.", stacklevel=4
+            )
+        self.examples = next(iter(self.splits.score))[0][:4].to(self.device)
+
+    def run(self, command: str) -> Result:
+        """Do the job and write its results."""
+        history = self._fit(self.job.pretrain, "pretrain")
+        dense = copy.deepcopy(self.model)
+        baseline = self._top1()
+        self.say(f"dense: top-1 {baseline:.2f} %, {count(self.model, self.examples)}")
+
+        begun = time.perf_counter()
+        prune = self._prune_then_train if self.job.schedule == "one-shot" else self._prune_while_training
+        pruner, after_cut, later = prune()
+        seconds = {**pruner.seconds, "finetune": time.perf_counter() - begun - sum(pruner.seconds.values())}
+        plan, parity = pruner.plan(), pruner.parity
+        if parity is None:
+            raise SurgeryError(f"{self.job.budget} is met by the dense network: nothing was removed. Ask for less.")
+        self.say(plan.explain())
+        self.say(str(parity))
+
+        metrics = {
+            "method": self.job.method,
+            "model": self.job.model,
+            "library": self.job.library,
+            "dataset": self.splits.name,
+            "data_fingerprint": self.splits.fingerprint,
+            "seed": self.job.seed,
+            **self._before_after(dense, baseline),
+            "top1_before_finetune": after_cut,
+            "parity_max_abs": parity.max_abs,
+            "removed": {"channels": plan.channels_removed, "blocks": len(plan.removed_blocks)},
+            "seconds": {name: round(value, 3) for name, value in seconds.items()},
+            "machine": describe_machine(),
+        }
+        results = self.places.results
+        save_pretrained(self.model, results, example_input_shape=self.splits.input_shape)
+        (results / "plan.json").write_text(plan.to_json() + "\n")
+        (results / "metrics.json").write_text(json.dumps(metrics, indent=1) + "\n")
+        offset = history[-1]["step"] if history else 0
+        rows = [{**row, "phase": "train"} for row in history]
+        rows += [{**row, "phase": "prune and fine-tune", "step": row["step"] + offset} for row in later]
+        write_report(results / "report.html", self._report(metrics, plan, rows, str(parity), command))
+        return Result(self.model, plan, metrics)
+
+    def _prune_then_train(self) -> tuple[ChannelPruner, float, list[dict[str, float]]]:
+        pruner = self._pruner("never")
+        self.model.eval()
+        with unchanged(self.model):
+            run_without_training(pruner, self._score_batches(), cross_entropy)
+        pruner.cut()
+        after_cut = self._top1()
+        return pruner, after_cut, self._fit(self.job.finetune, "finetune")
+
+    def _prune_while_training(self) -> tuple[ChannelPruner, float, list[dict[str, float]]]:
+        steps = self.job.finetune.epochs * len(self.splits.train)
+        if steps == 0:
+            raise TrainingError("--schedule iterative and continuous prune while they train: give --epochs above 0.")
+        pruner = self._pruner("end")
+        pruner.schedule = _schedule(self.job, steps, pruner.dense.channels)
+        watch = _Watch(pruner, self.splits.test)
+        history = self._fit(self.job.finetune, "finetune", (pruner, watch))
+        if not pruner.done:
+            warnings.warn(
+                f"{pruner.schedule} was not over after {steps} minibatches: the rest is removed without training. "
+                "Prune more often (--prune-every), more at once (--prune-channels), or train longer.",
+                stacklevel=2,
+            )
+            run_without_training(pruner, self._score_batches(), cross_entropy)
+            watch.top1 = self._top1()
+        return pruner, watch.top1, history
+
+    def _pruner(self, cut: Literal["end", "never"]) -> ChannelPruner:
+        return ChannelPruner(
+            self.model,
+            self.examples,
+            self.criterion,
+            self.job.budget,
+            schedule=OneShot(),
+            round_to=self.job.round_to,
+            min_channels=self.job.min_channels,
+            ignore=self.job.ignore,
+            cut=cut,
+        )
+
+    def _fit(self, config: TrainingConfig, phase: str, callbacks: tuple[Any, ...] = ()) -> list[dict[str, float]]:
+        return fit(
+            self.model,
+            self.splits,
+            config,
+            callbacks=callbacks,
+            checkpoint_dir=self.places.state,
+            resume=self.resume,
+            device=self.device,
+            phase=phase,
+        )
+
+    def _top1(self) -> float:
+        return evaluate(self.model, self.splits.test, self.device)["top1"]
+
+    def _score_batches(self) -> _FirstBatches:
+        return _FirstBatches(self.splits.score, self.device, self.job.score_batches)
+
+    def _before_after(self, dense: nn.Module, baseline: float) -> dict[str, Any]:
+        sizes = self.job.latency_batch_sizes
+        pairs = measure_pair(dense, self.model, self.splits.input_shape, sizes)
+        return {
+            "baseline": {
+                "top1": baseline,
+                **asdict(count(dense, self.examples)),
+                "latency_ms": {str(size): pair.first.median_ms for size, pair in zip(sizes, pairs, strict=True)},
+            },
+            "pruned": {
+                "top1": self._top1(),
+                **asdict(count(self.model, self.examples)),
+                "latency_ms": {str(size): pair.second.median_ms for size, pair in zip(sizes, pairs, strict=True)},
+            },
+            "latency_ratio": {str(size): pair.ratio for size, pair in zip(sizes, pairs, strict=True)},
+        }
+
+    def _report(
+        self, metrics: dict[str, Any], plan: PruningPlan, history: list[Any], parity: str, command: str
+    ) -> Report:
+        job, (asked, kind) = self.job, _asked(self.job.budget)
+        before, after = metrics["baseline"], metrics["pruned"]
+        reached = {
+            "MACs kept": after["macs"] / before["macs"],
+            "parameters kept": after["params"] / before["params"],
+            "coupled channels kept": plan.channels_kept,
+        }[kind]
+        if isinstance(asked, float) and kind == "coupled channels kept":
+            reached /= plan.channels_kept + plan.channels_removed
+        return Report(
+            title=f"{job.model} on {job.dataset}, pruned by {job.method}",
+            metrics=metrics,
+            command=command,
+            history=history,
+            widths=[(group.name, len(group.kept), group.total) for group in plan.groups],
+            targets=[Target(kind, asked, None, reached)],
+            machine=metrics["machine"],
+            parity=parity,
+            load_code=f"import nni_plugin\n\nmodel = nni_plugin.from_pretrained({str(job.output)!r})",
+            device=str(self.device),
+            macs_target=asked if isinstance(job.budget, MACs) else None,
+        )
+
+
+class _Watch(Callback):
+    """Evaluates the network at the moment it has been cut."""
+
+    def __init__(self, pruner: ChannelPruner, loader: Any) -> None:
+        self.pruner, self.loader, self.top1 = pruner, loader, math.nan
+        self.device: Any = None
+
+    def on_train_begin(self, state: TrainingState) -> None:
+        """Note where the network runs."""
+        self.device = state.accelerator.device
+
+    def on_step(self) -> None:
+        """Evaluate once pruning is over."""
+        if self.pruner.done and math.isnan(self.top1):
+            self.top1 = evaluate(self.pruner.model, self.loader, self.device)["top1"]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the accuracy."""
+        return {"top1": self.top1}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take the accuracy back."""
+        self.top1 = float(state["top1"])
+
+
+class _FirstBatches:
+    """The first batches of a loader, on a device; can be gone through again."""
+
+    def __init__(self, loader: Any, device: torch.device, batches: int | None) -> None:
+        self.loader, self.device, self.batches = loader, device, batches
+
+    def __len__(self) -> int:
+        return min(len(self.loader), self.batches or len(self.loader))
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        for images, labels in islice(self.loader, self.batches):
+            yield images.to(self.device), labels.to(self.device)
+
+
+def cross_entropy(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+    """Return the mean cross-entropy of a classifier on a minibatch of images and labels."""
+    images, labels = batch
+    return F.cross_entropy(model(images), labels)
+
+
+def _schedule(job: Job, steps: int, channels: int) -> Schedule:
+    """Fill in what the user left open so that pruning is over within the first half of training."""
+    every = job.prune_every or max(1, min(30, steps // 40))
+    number = job.prune_channels or math.ceil(channels / max(1, steps // 2 // every))
+    if job.schedule == "continuous":
+        return Continuous(number, every, loss_threshold=job.loss_threshold)
+    return Iterative(number, every)
+
+
+def _asked(budget: Budget) -> tuple[float, str]:
+    if isinstance(budget, Channels):
+        return budget.count, "coupled channels kept"
+    return budget.ratio, {MACs: "MACs kept", Params: "parameters kept"}[type(budget)]
+
+
+def _device(name: str | None) -> torch.device:
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise TrainingError(f"--device {name}: not usable here ({str(error).splitlines()[0]}).") from error
+    return device
