@@ -14,8 +14,8 @@ import importlib.metadata
 import math
 import time
 import warnings
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import ExitStack
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
@@ -29,11 +29,9 @@ from nni_plugin.errors import CriterionError, GraphError, ScheduleError, Surgery
 from nni_plugin.masks import Masks
 from nni_plugin.plan import GroupPlan, PruningPlan
 from nni_plugin.schedules import OneShot, Schedule
+from nni_plugin.scorer import ForeignCriterion, Scorer
 from nni_plugin.selection import Ranking, solve
 from nni_plugin.slim_cost import SlimCost
-
-ForeignCriterion = Callable[[Any], "Tensor | None"]
-"""A stock importance of Torch-Pruning: called with the graph's own group."""
 
 
 class ChannelPruner:
@@ -72,36 +70,27 @@ class ChannelPruner:
         if cut not in ("end", "step", "never"):
             raise ScheduleError(f"cut must be 'end', 'step' or 'never', got {cut!r}.")
         self.model, self.example_inputs = model, example_inputs
-        self.criterion, self.budget, self.schedule = criterion, budget, schedule or OneShot()
+        self.budget, self.schedule = budget, schedule or OneShot()
         self.round_to, self.min_channels, self.cut_when = round_to, min_channels, cut
-        self._ignore = [i if isinstance(i, str) else _path_of(model, i) for i in ignore]
+        self.scorer = Scorer(criterion)
         self.optimizer: torch.optim.Optimizer | None = None
         self.ema: nn.Module | None = None
+        self._ignore = [item if isinstance(item, str) else _path_of(model, item) for item in ignore]
         self._dense_widths: dict[str, int] = {}
         self._find()
         self.dense: Size = self._slim_cost.dense
         self._dense_widths = {group.name: group.width for group in self.groups}
         self._origin = {group.name: torch.arange(group.width) for group in self.groups}
         self._kept = dict(self._origin)
-        self._average: dict[str, Tensor] = {}
-        self._score_range: dict[str, tuple[float, float]] = {}
-        self._fresh: dict[str, Tensor] | None = None
-        self._stack = ExitStack()
-        self._collecting = False
         self._since, self._loss_sum, self._loss_count = 0, 0.0, 0
-        self.done, self.is_cut = False, False
-        self.steps: list[dict[str, float]] = []
+        self._counted: Size | None = None
+        self.done = False
         self.parity: Parity | None = None
+        self.steps: list[dict[str, float]] = []
         self.seconds = {"score": 0.0, "plan": 0.0, "surgery": 0.0}
-        self._result: Size | None = None
-        # Reachable at all? Widths do not depend on the scores, so any will do.
-        level = Ranking(
-            self.groups,
-            {group.name: torch.zeros(group.width) for group in self.groups},
-            round_to=round_to,
-            min_channels=min_channels,
-        )
-        solve(level, budget, self.dense, self._slim_cost.predict)
+        # Reachable at all? How narrow the network can get does not depend on the scores.
+        level = {group.name: torch.zeros(group.width) for group in self.groups}
+        solve(self._ranking(level), budget, self.dense, self._slim_cost.predict)
 
     # -- what a training loop calls ---------------------------------------------------------------------
 
@@ -120,35 +109,27 @@ class ChannelPruner:
         """
         if not math.isfinite(loss):
             raise CriterionError(f"The training loss is {loss}; lower the learning rate or look at the data.")
-        if self.done:
-            if not self.is_cut:
-                self._masks.zero_grads()
-            return
-        begun = time.perf_counter()
-        self._loss_sum, self._loss_count = self._loss_sum + loss, self._loss_count + 1
-        self._since += 1
-        if isinstance(self.criterion, Criterion):
-            self._collect()
-            self.criterion.update()
-        elif self._due():
-            self._fresh = self._foreign_scores()
-        self._masks.zero_grads()
-        self.seconds["score"] += time.perf_counter() - begun
+        with self._timed("score"):
+            if not self.done:
+                self._loss_sum, self._loss_count = self._loss_sum + loss, self._loss_count + 1
+                self._since += 1
+                self.scorer.update(self.model, self.groups, due=self._due())
+            self._masks.zero_grads()
 
     def on_step(self) -> None:
-        """After the optimizer's step: hold removed channels at zero, prune when the schedule says so."""
-        if not self.is_cut:
+        """After the optimizer's step: hold removed channels at zero, prune when the schedule says so.
+
+        Raises:
+            SurgeryError: The compact network would not compute what the masked one does; nothing is cut.
+        """
+        with self._timed("plan"):
             self._masks.zero_weights()
         if self.done:
             return
         if self._due():
-            begun = time.perf_counter()
             self._prune(self.schedule.channels)
-            self.seconds["plan"] += time.perf_counter() - begun
-            if self.cut_when == "step" or (self.cut_when == "end" and self.done):
-                self.cut()
         elif self._since >= (self.schedule.minibatches or math.inf):
-            self._loss_sum, self._loss_count = 0.0, 0  # checked and skipped: the next check has its own mean
+            self._loss_sum, self._loss_count = 0.0, 0  # checked and skipped: the next check has a mean of its own
 
     def on_epoch_end(self, epoch: int, metrics: dict[str, float]) -> None:
         """Add how far pruning has come to the epoch's metrics."""
@@ -163,49 +144,37 @@ class ChannelPruner:
             ScheduleError: Nothing has been collected since the last step.
         """
         if not self.done:
-            if self._since == 0 and getattr(self.criterion, "needs_gradients", True):
+            if self._since == 0 and self.scorer.needs_gradients:
                 raise ScheduleError(
                     "No minibatch has run since the last pruning step, so there is nothing to rank by: run some, or "
                     "shorten the schedule (fewer minibatches or more channels a step)."
                 )
-            if not isinstance(self.criterion, Criterion):
-                self._fresh = self._foreign_scores()
-            begun = time.perf_counter()
+            self.scorer.read(self.groups)
             self._prune(None)
-            self.seconds["plan"] += time.perf_counter() - begun
-            if self.cut_when != "never":
-                self.cut()
         return self.plan()
 
     def close(self) -> None:
-        """Stop collecting; hooks leave the network."""
-        self._stack.close()
-        self._collecting = False
+        """Stop collecting; whatever was put on the network leaves it."""
+        self.scorer.close()
 
     # -- what it knows ----------------------------------------------------------------------------------
 
     def size(self) -> Size:
         """Return the size of the network without the channels removed so far."""
-        return self._result or self._slim_cost.predict(self._kept)
+        return self._counted or self._slim_cost.predict(self._kept)
 
     def plan(self) -> PruningPlan:
         """Return the plan so far, on the dense network."""
-        groups = tuple(
-            GroupPlan(
-                name,
-                width,
-                tuple(self._origin[name][self._kept[name]].tolist()),
-                score_range=self._score_range.get(name),
-            )
-            for name, width in self._dense_widths.items()
-        )
         return PruningPlan(
-            groups=groups,
+            groups=tuple(
+                self._entry(name, width, self._origin[name][self._kept[name]])
+                for name, width in self._dense_widths.items()
+            ),
             model=getattr(self.model, "nni_plugin_identity", None),
             cost_before=self.dense.cost,
             cost_after=self.size().cost,
             provenance={
-                "criterion": _describe(self.criterion),
+                "criterion": str(self.scorer),
                 "budget": repr(self.budget),
                 "schedule": repr(self.schedule),
                 "round_to": self.round_to,
@@ -220,50 +189,26 @@ class ChannelPruner:
         Raises:
             SurgeryError: The compact network would not compute what the masked one does; nothing is cut.
         """
-        begun = time.perf_counter()
-        plan = self._relative_plan()
-        if plan.channels_removed:
-            self.parity = verify(self.model, plan, self._inputs(), groups=self._all_groups)
-            if not self.parity.ok:
-                raise SurgeryError(f"{self.parity}. The network is unchanged; leave layers whole with `ignore`.")
-        self._remove_physically(plan)
-        self.seconds["surgery"] += time.perf_counter() - begun
-
-    def _inputs(self) -> Any:
-        self.example_inputs = _on_device_of(self.model, self.example_inputs)
-        return self.example_inputs
-
-    def _remove_physically(self, plan: PruningPlan) -> None:
-        groups = self._all_groups
-        if plan.channels_removed:
-            apply_plan(self.model, plan, self._inputs(), groups=groups)
-            if self.optimizer is not None:
-                carry_optimizer(self.optimizer, plan)
-            if self.ema is not None:
-                cut_channels(self.ema, plan, groups)
-        self._origin = {name: self._origin[name][index] for name, index in self._kept.items()}
-        self._average = {name: score[self._kept[name]] for name, score in self._average.items()}
-        self.is_cut = self.done
-        self.close()
-        self._find()
-        self._kept = {group.name: torch.arange(group.width) for group in self.groups}
+        with self._timed("surgery"):
+            plan = self._relative_plan(self._kept)
+            if plan.channels_removed:
+                self.parity = verify(self.model, plan, self._inputs(), groups=self._all_groups)
+                if not self.parity.ok:
+                    raise SurgeryError(f"{self.parity}. The network is unchanged; leave layers whole with `ignore`.")
+            self._remove_physically(plan)
 
     def state_dict(self) -> dict[str, Any]:
         """Return everything needed to go on, as nested dicts of tensors and numbers."""
-        inner = self.criterion.state_dict() if isinstance(self.criterion, Criterion) else {}
         return {
             "origin": dict(self._origin),
             "kept": dict(self._kept),
-            "average": dict(self._average),
-            "score_range": dict(self._score_range),
             "since": self._since,
-            "loss_sum": self._loss_sum,
-            "loss_count": self._loss_count,
+            "loss": [self._loss_sum, self._loss_count],
             "done": self.done,
-            "steps": list(self.steps),
+            "steps": [dict(step) for step in self.steps],
             "seconds": dict(self.seconds),
             "parity": None if self.parity is None else dataclasses.asdict(self.parity),
-            "criterion": inner,
+            "scorer": self.scorer.state_dict(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -273,104 +218,62 @@ class ChannelPruner:
             ScheduleError: The state is of another network.
         """
         widths = {name: len(index) for name, index in state["origin"].items()}
-        if set(widths) != set(self._dense_widths) or any(widths[n] > w for n, w in self._dense_widths.items()):
+        if widths.keys() != self._dense_widths.keys() or any(widths[n] > w for n, w in self._dense_widths.items()):
             raise ScheduleError("The saved pruning state is of another network; start again without resuming.")
         self.done = bool(state["done"])
-        self._kept = dict(state["origin"])
-        if any(widths[name] < width for name, width in self._dense_widths.items()):
-            self._remove_physically(self._relative_plan())
+        if widths != self._dense_widths:
+            self._kept = dict(state["origin"])
+            self._remove_physically(self._relative_plan(self._kept))
         self._kept = dict(state["kept"])
         self._masks.remove(self._kept)
         self._masks.zero_weights()
-        self._average, self._score_range = dict(state["average"]), dict(state["score_range"])
         self._since = int(state["since"])
-        self._loss_sum, self._loss_count = float(state["loss_sum"]), int(state["loss_count"])
-        self.steps, self.seconds = list(state["steps"]), dict(state["seconds"])
+        self._loss_sum, self._loss_count = float(state["loss"][0]), int(state["loss"][1])
+        self.steps, self.seconds = [dict(step) for step in state["steps"]], dict(state["seconds"])
         self.parity = None if state["parity"] is None else Parity(**state["parity"])
-        if isinstance(self.criterion, Criterion):
-            self.criterion.load_state_dict(state["criterion"])
+        self.scorer.load_state_dict(state["scorer"])
 
     # -- how it works -----------------------------------------------------------------------------------
 
     def _find(self) -> None:
-        foreign = not isinstance(self.criterion, Criterion)
-        self._all_groups = find_groups(self.model, self.example_inputs, ignore=self._ignore, keep_host=foreign)
+        groups = find_groups(self.model, self._inputs(), ignore=self._ignore, keep_host=self.scorer.foreign)
         if self._dense_widths:
             # Cut before: a group that is down to one unit is still part of the plan.
-            names = self._dense_widths.keys()
-            self._all_groups = [dataclasses.replace(g, fixed=None) for g in self._all_groups if g.name in names]
-        self.groups = [group for group in self._all_groups if group.fixed is None]
+            groups = [dataclasses.replace(g, fixed=None) for g in groups if g.name in self._dense_widths]
+        self._all_groups = groups
+        self.groups = [group for group in groups if group.fixed is None]
         if not self.groups:
-            reasons = "; ".join(f"{group.name}: {group.fixed}" for group in self._all_groups[:5])
+            reasons = "; ".join(f"{group.name}: {group.fixed}" for group in groups[:5])
             raise GraphError(f"Nothing in {type(self.model).__name__} may be pruned. {reasons}")
-        self._slim_cost = SlimCost(self.model, self.example_inputs, self.groups)
+        self._slim_cost = SlimCost(self.model, self._inputs(), self.groups)
         self._masks = Masks(self.model, self.groups)
 
-    def _collect(self) -> None:
-        if not self._collecting:
-            assert isinstance(self.criterion, Criterion)
-            self._stack.enter_context(self.criterion.collect(self.model, self.groups))
-            self._collecting = True
-
     def _due(self) -> bool:
-        mean_loss = self._loss_sum / max(self._loss_count, 1)
-        return self.schedule.due(self._since, mean_loss)
+        return self.schedule.due(self._since, self._loss_sum / max(self._loss_count, 1))
 
-    def _foreign_scores(self) -> dict[str, Tensor]:
-        scores = {}
-        for group in self.groups:
-            score = self.criterion(group.host)
-            if score is not None:
-                scores[group.name] = score.detach().cpu()
-        return scores
-
-    def _scores(self) -> dict[str, Tensor]:
-        """Score every group, average with earlier windows, and let removed channels go first."""
-        if isinstance(self.criterion, Criterion):
-            self.criterion.all_reduce()
-            fresh = {group.name: self.criterion(group) for group in self.groups}
-        else:
-            fresh, self._fresh = self._fresh or {}, None
-        momentum = self.schedule.momentum
-        scores = {}
-        for group in self.groups:
-            # A foreign importance that skips a group wants it whole.
-            score = fresh.get(group.name, torch.full((group.width,), math.inf)).double()
-            if bool(torch.isnan(score).any()) or score.shape != (group.width,):
-                raise CriterionError(
-                    f"{_describe(self.criterion)} gave scores of shape {tuple(score.shape)}, some not a number, for "
-                    f"group {group.name!r} of {group.width} channels."
-                )
-            before = self._average.get(group.name)
-            score = score if before is None else momentum * before + (1 - momentum) * score
-            self._average[group.name] = score
-            self._score_range[group.name] = (float(score.min()), float(score.max()))
-            gone = torch.full_like(score, -math.inf)
-            gone[self._kept[group.name]] = score[self._kept[group.name]]
-            scores[group.name] = gone
-        return scores
+    def _ranking(self, scores: Mapping[str, Tensor]) -> Ranking:
+        return Ranking(self.groups, scores, round_to=self.round_to, min_channels=self.min_channels)
 
     def _prune(self, channels: int | None) -> None:
         """Take one step of so many channels, or all the way to the budget (None)."""
-        ranking = Ranking(self.groups, self._scores(), round_to=self.round_to, min_channels=self.min_channels)
-        before = self._slim_cost.predict(self._kept).channels
-        last, kept = solve(ranking, self.budget, self.dense, self._slim_cost.predict)
-        if channels is not None:
-            asked = before - channels
-            units = ranking.fewest(lambda k: sum(len(index) for index in k.values()) <= asked)
+        with self._timed("plan"):
+            ranking = self._ranking(self.scorer.scores(self.groups, self._kept, self.schedule.momentum))
+            last, kept = solve(ranking, self.budget, self.dense, self._slim_cost.predict)
+            units = None
+            if channels is not None:
+                asked = self._slim_cost.predict(self._kept).channels - channels
+                units = ranking.fewest(lambda k: sum(len(index) for index in k.values()) <= asked)
             if units is not None and units < last:
-                kept, last = ranking.kept(units), -1
-        if last >= 0:
-            kept = self._exact(ranking, kept)
-            self.done = True
-        self._kept = kept
-        self._masks.remove(kept)
-        self._masks.zero_weights()
-        if isinstance(self.criterion, Criterion):
-            self.criterion.reset()
-        self._since, self._loss_sum, self._loss_count = 0, 0.0, 0
-        size = self.size()
-        self.steps.append({"channels": size.channels, "macs": size.cost.macs, "params": size.cost.params})
+                kept = ranking.kept(units)
+            else:
+                kept = self._exact(ranking, kept)
+                self.done = True
+            self._kept = kept
+            self._masks.remove(kept)
+            self._masks.zero_weights()
+            self._since, self._loss_sum, self._loss_count = 0, 0.0, 0
+            size = self.size()
+            self.steps.append({"channels": size.channels, "macs": size.cost.macs, "params": size.cost.params})
         if self.done:
             self.close()
             if size.channels == self.dense.channels:
@@ -378,32 +281,52 @@ class ChannelPruner:
                     f"The plan removes nothing: {self.budget} is met by the dense network ({self.dense.cost}).",
                     stacklevel=4,
                 )
+        if self.cut_when == "step" or (self.cut_when == "end" and self.done):
+            self.cut()
 
     def _exact(self, ranking: Ranking, kept: dict[str, Tensor]) -> dict[str, Tensor]:
         """Count on the slim network; where arithmetic was off, search again by counting."""
-        self._result = self._counted(kept)
-        if self._result != self._slim_cost.predict(kept):
-            _, kept = solve(ranking, self.budget, self.dense, self._counted)
-            self._result = self._counted(kept)
+        self._counted = self._count(kept)
+        if self._counted != self._slim_cost.predict(kept):
+            _, kept = solve(ranking, self.budget, self.dense, self._count)
+            self._counted = self._count(kept)
         return kept
 
-    def _counted(self, kept: dict[str, Tensor]) -> Size:
+    def _count(self, kept: Mapping[str, Tensor]) -> Size:
         slim = copy.deepcopy(self.model)
         cut_channels(slim, self._relative_plan(kept), self._all_groups)
-        return Size(count(slim, _on_device_of(slim, self.example_inputs)), sum(len(index) for index in kept.values()))
+        return Size(count(slim, self._inputs()), sum(len(index) for index in kept.values()))
 
-    def _relative_plan(self, kept: Mapping[str, Tensor] | None = None) -> PruningPlan:
+    def _relative_plan(self, kept: Mapping[str, Tensor]) -> PruningPlan:
         """Return the plan on the network as it is now."""
-        kept = self._kept if kept is None else kept
-        return PruningPlan(
-            tuple(
-                GroupPlan(
-                    group.name, group.width, tuple(kept[group.name].tolist()), None, self._score_range.get(group.name)
-                )
-                for group in self.groups
-            ),
-            model=getattr(self.model, "nni_plugin_identity", None),
-        )
+        return PruningPlan(tuple(self._entry(group.name, group.width, kept[group.name]) for group in self.groups))
+
+    def _entry(self, name: str, width: int, kept: Tensor) -> GroupPlan:
+        return GroupPlan(name, width, tuple(kept.tolist()), score_range=self.scorer.range.get(name))
+
+    def _remove_physically(self, plan: PruningPlan) -> None:
+        if plan.channels_removed:
+            apply_plan(self.model, plan, self._inputs(), groups=self._all_groups)
+            if self.optimizer is not None:
+                carry_optimizer(self.optimizer, plan)
+            if self.ema is not None:
+                cut_channels(self.ema, plan, self._all_groups)
+        self._origin = {name: self._origin[name][index] for name, index in self._kept.items()}
+        self.scorer.narrow(self._kept)
+        self._find()
+        self._kept = {group.name: torch.arange(group.width) for group in self.groups}
+
+    def _inputs(self) -> Any:
+        self.example_inputs = _on_device_of(self.model, self.example_inputs)
+        return self.example_inputs
+
+    @contextmanager
+    def _timed(self, what: str) -> Iterator[None]:
+        begun = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[what] += time.perf_counter() - begun
 
 
 def _on_device_of(model: nn.Module, inputs: Any) -> Any:
@@ -418,17 +341,8 @@ def _on_device_of(model: nn.Module, inputs: Any) -> Any:
     return inputs
 
 
-def _describe(criterion: Any) -> str:
-    if isinstance(criterion, Criterion):
-        options = ", ".join(
-            f"{k}={v!r}" for k, v in vars(criterion).items() if not k.startswith("_") and k != "minibatches"
-        )
-        return f"{type(criterion).__name__}({options})"
-    return f"{type(criterion).__module__}.{type(criterion).__name__}"
-
-
 def _path_of(model: nn.Module, layer: nn.Module) -> str:
-    for name, module in model.named_modules():
-        if module is layer:
-            return name
-    raise GraphError(f"A layer to ignore ({type(layer).__name__}) is not part of the model.")
+    paths: list[str] = [name for name, module in model.named_modules() if module is layer]
+    if not paths:
+        raise GraphError(f"A layer to ignore ({type(layer).__name__}) is not part of the model.")
+    return paths[0]

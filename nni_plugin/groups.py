@@ -126,7 +126,8 @@ class ChannelGroup:
                 a, b = root(first.setdefault(tie, channel)), root(channel)
                 label[max(a, b)] = min(a, b)
         roots = torch.tensor([root(i) for i in range(self.width)])
-        return torch.unique(roots, return_inverse=True)[1]
+        labels: Tensor = torch.unique(roots, return_inverse=True)[1]
+        return labels
 
     @property
     def units(self) -> int:
@@ -274,7 +275,8 @@ def _main_side(sides: Iterable[set[Any]]) -> set[Any]:
 
 def _leads_to(sources: set[Any], targets: set[Any], limit: int = 200) -> bool:
     """Tell whether a target is computed from a source, looking at most `limit` nodes back."""
-    queue, seen = list(targets), set()
+    queue: list[Any] = list(targets)
+    seen: set[Any] = set()
     while queue and len(seen) < limit:
         current = queue.pop(0)
         if current in seen:

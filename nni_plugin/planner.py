@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sized
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,11 +12,12 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from nni_plugin.budgets import Budget
-from nni_plugin.channel_pruner import ChannelPruner, ForeignCriterion
+from nni_plugin.channel_pruner import ChannelPruner
 from nni_plugin.criteria.base import Criterion
 from nni_plugin.errors import CriterionError
 from nni_plugin.plan import PruningPlan
 from nni_plugin.schedules import OneShot, Schedule
+from nni_plugin.scorer import ForeignCriterion
 
 
 def plan_channels(
@@ -87,7 +88,7 @@ def run_without_training(
     Raises:
         CriterionError: There is no batch, a loss is not finite, or a layer lacks gradients.
     """
-    if getattr(pruner.criterion, "needs_gradients", True) and not pruner.done:
+    if pruner.scorer.needs_gradients and not pruner.done:
         _pass_over(pruner, pruner.model, batches, loss_fn)
     return pruner.finish()
 
@@ -95,15 +96,14 @@ def run_without_training(
 def _pass_over(
     pruner: ChannelPruner, model: nn.Module, batches: Iterable[Any], loss_fn: Callable[[nn.Module, Any], Tensor]
 ) -> None:
-    accumulate = not isinstance(pruner.criterion, Criterion)
     one_pass = pruner.schedule.channels is None
-    total = len(batches) if hasattr(batches, "__len__") else None
+    total = len(batches) if isinstance(batches, Sized) else None
     with tqdm(desc="score", total=total if one_pass else None, unit="batch", delay=2, disable=None) as bar:
-        while not pruner.done:
+        while True:
             seen = 0
             for batch in batches:
                 seen += 1
-                if not accumulate:
+                if not pruner.scorer.foreign:  # a stock importance reads the sum over the minibatches
                     model.zero_grad(set_to_none=True)
                 loss = loss_fn(model, batch)
                 if loss.dim() != 0 or not loss.requires_grad:

@@ -84,7 +84,7 @@ def places_of(layer: nn.Module, axis: Axis) -> tuple[Place, ...]:
     elif kind == "depthwise":
         places = [Place("weight", 0), Place("bias", 0)]
     elif kind == "prelu":
-        places = [Place("weight", 0)] if layer.num_parameters > 1 else []
+        places = [Place("weight", 0)] if isinstance(layer, nn.PReLU) and layer.num_parameters > 1 else []
     elif kind == "embedding":
         places = [Place("weight", 1)]
     elif isinstance(layer, _ConvNd):

@@ -205,9 +205,9 @@ def _sizes(model: nn.Module, plan: PruningPlan, groups: Iterable[ChannelGroup]) 
                 positions = member.index[gone[member.channel]].tolist()
                 gone_by_axis.setdefault((member.path, member.axis), set()).update(positions)
     sizes: dict[nn.Module, dict[str, object]] = {}
-    for (path, axis), positions in gone_by_axis.items():
+    for (path, axis), gone_positions in gone_by_axis.items():
         layer = model.get_submodule(path)
-        sizes.setdefault(layer, {}).update(shrink_sizes(layer, axis, len(positions)))
+        sizes.setdefault(layer, {}).update(shrink_sizes(layer, axis, len(gone_positions)))
     return sizes
 
 

@@ -34,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     previous = signal.getsignal(signal.SIGTERM)
     name = "nni-plugin"
     with warnings.catch_warnings():
-        warnings.showwarning = _show_warning  # type: ignore[assignment]
+        warnings.showwarning = _show_warning
         try:
             signal.signal(signal.SIGTERM, _interrupt)
             arguments = build_parser().parse_args(argv)

@@ -93,7 +93,7 @@ def _job(arguments: Any) -> Any:
             None, f"give one budget of --macs, --params and --channels, got {list(given) or 'none'}"
         )
     [(flag, amount)] = given.items()
-    budget: Budget = {"macs": MACs, "params": Params, "channels": Channels}[flag](amount)
+    budget: Budget = MACs(amount) if flag == "macs" else Params(amount) if flag == "params" else Channels(amount)
     amp = {"bfloat16": "bf16", "float16": "fp16"}[arguments.amp_dtype] if arguments.amp else "no"
     shared = {
         field.name: arguments[field.name]

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 
 from nni_plugin.errors import CriterionError
 from nni_plugin.groups import Member
@@ -49,13 +50,7 @@ def writer_gate(layer: nn.Module, path: str = "") -> Tensor:
 def reader_gate(layer: nn.Module, path: str = "") -> Tensor:
     """Return `sum w g` over the weights that read each input channel, shape `[in]`."""
     (place,) = places_of(layer, "in")
-    product = _product(layer, place.tensor, path)
-    if place.period is None:
-        return _per_channel(product, layer, place)
-    # A grouped convolution: split the outputs into its groups, each reads `period` inputs of its own.
-    groups = layer.groups
-    split = product.reshape(groups, product.shape[0] // groups, place.period, -1)
-    return split.sum(dim=(1, 3)).reshape(-1)
+    return _per_channel(_product(layer, place.tensor, path), layer, place)
 
 
 def parameter_gate(parameter: Tensor, dim: int, path: str = "") -> Tensor:
@@ -78,21 +73,25 @@ def member_gate(model: nn.Module, member: Member) -> Tensor:
 
 
 def _product(layer: nn.Module, name: str, path: str) -> Tensor:
-    parameter = getattr(layer, name)
+    parameter: Tensor = getattr(layer, name)
     if parameter.grad is None:
         raise _no_gradient(f"{path}.{name}" if path else name)
     return parameter.detach() * parameter.grad.detach()
 
 
 def _per_channel(product: Tensor, layer: nn.Module, place: Place) -> Tensor:
-    if place.period is not None:  # a transposed grouped convolution folds its outputs: [in, out / groups, ...]
-        split = product.reshape(layer.groups, product.shape[0] // layer.groups, place.period, -1)
-        return split.sum(dim=(1, 3)).reshape(-1)
-    return _sum_but(product, place.dim)
+    if place.period is None:
+        return _sum_but(product, place.dim)
+    # A grouped convolution folds this axis: each of its groups has `period` channels of its own.
+    assert isinstance(layer, _ConvNd)
+    split = product.reshape(layer.groups, product.shape[0] // layer.groups, place.period, -1)
+    folded: Tensor = split.sum(dim=(1, 3)).reshape(-1)
+    return folded
 
 
 def _sum_but(product: Tensor, dim: int) -> Tensor:
-    return product.movedim(dim, 0).flatten(1).sum(1) if product.dim() > 1 else product
+    summed: Tensor = product.movedim(dim, 0).flatten(1).sum(1) if product.dim() > 1 else product
+    return summed
 
 
 def _is_statistic(place: Place) -> bool:

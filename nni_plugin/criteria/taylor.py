@@ -19,12 +19,12 @@ from nni_plugin.criteria.base import Criterion
 from nni_plugin.criteria.first_order import member_gate
 from nni_plugin.errors import CriterionError
 from nni_plugin.groups import ChannelGroup, Member
-from nni_plugin.tensors import NORMS, kind_of
+from nni_plugin.tensors import NORMS, Axis, kind_of
 
 Gates = Literal["auto", "bn", "weight", "input"]
 
 
-def joint(terms: Mapping[tuple[str, str], Tensor], members: tuple[Member, ...], width: int) -> Tensor:
+def joint(terms: Mapping[tuple[str, Axis], Tensor], members: tuple[Member, ...], width: int) -> Tensor:
     """Sum the gate gradients of several members of a group, channel by channel.
 
     Args:
@@ -63,11 +63,11 @@ class TaylorFO(Criterion):
         """Forget everything collected."""
         super().reset()
         self._sums: dict[str, Tensor] = {}
-        self._rows: dict[tuple[str, str], list[Tensor]] = {}
+        self._rows: dict[tuple[str, Axis], list[Tensor]] = {}
 
     def _gather(self, model: nn.Module) -> None:
         if self._groups:
-            terms: dict[tuple[str, str], Tensor] = {}
+            terms: dict[tuple[str, Axis], Tensor] = {}
             for group in self._groups:
                 members = self._members(model, group)
                 for member in members:
@@ -90,7 +90,7 @@ class TaylorFO(Criterion):
                 f"Group {group.name!r} was not among the groups collected for; pass it to collect(), or none at all."
             )
         members = self._choose(group, {key[0] for key in self._rows if key[1] == "out"})
-        rows = {}
+        rows: dict[tuple[str, Axis], Tensor] = {}
         for member in members:
             key = (member.path, member.axis)
             if len(self._rows.get(key, ())) != self.minibatches:
@@ -158,7 +158,7 @@ class TaylorFO(Criterion):
         self._rows = {}
         for key, rows in state["rows"].items():
             path, axis = key.split("\n")
-            self._rows[path, axis] = list(rows)
+            self._rows[path, "in" if axis == "in" else "out"] = list(rows)
 
     def all_reduce(self) -> None:
         """Sum the squares of every process; each must have collected for the same groups."""
