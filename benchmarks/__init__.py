@@ -1,1 +1,1 @@
-"""Comparisons and the reproductions of published tables."""
+"""Comparisons and the reproductions of published tables; `python -m nni_plugin.benchmarks NAME`."""
