@@ -165,7 +165,7 @@ class _Ends:
                 continue
             if node.grad_fn in self.outputs or not node.outputs:
                 return f"its channels are the network's output (at {node.name})"
-            if node in self.at_input:
+            if node in self.at_input and kind_of(node.module) != "dense":
                 return f"its channels meet the network's input (at {node.name})"
         return None
 
