@@ -1,0 +1,97 @@
+"""Verify: a right plan is proved, a wrong coupling is told, and neither changes the network."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from networks_at_random import Recipe, any_plan, assert_same, conv_bn, randomise, state_of
+from torch import nn
+
+from nni_plugin import GroupPlan, PruningPlan, verify
+from nni_plugin.adapters.torch_pruning import Parity, find_groups
+from nni_plugin.errors import PlanError, SurgeryError
+
+X = torch.randn(2, 3, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+
+
+def head(width: int) -> list[nn.Module]:
+    return [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, 3)]
+
+
+def test_a_right_plan_is_proved_and_the_network_untouched() -> None:
+    recipe = Recipe((("inverted", 4, "silu"), ("concat", 4, "sigmoid"), ("residual", 3, "relu")), "mean", 1)
+    model, example = recipe.build().train(), recipe.inputs()
+    model(example).sum().backward()
+    before = state_of(model)
+    parity = verify(model, any_plan(find_groups(model, example), 0), example)
+    assert parity.ok
+    assert parity.max_rel < 1e-12
+    assert parity.max_abs >= 0
+    assert str(parity).endswith("(equal within 0.0001)")
+    assert_same(model, before)
+    assert model.training
+    assert not hasattr(model, "pruning_plan")
+
+
+def test_a_wrong_coupling_is_told() -> None:
+    """Channels of a reader in another order than those of its writer: it runs, and computes something else."""
+    model = randomise(nn.Sequential(*conv_bn(3, 6), nn.ReLU(), nn.Conv2d(6, 5, 3), nn.ReLU(), *head(5)))
+    groups = find_groups(model, X)
+    reader = groups[0].readers[0]
+    wrong = replace(reader.slices[0], channel=reader.slices[0].channel.flip(0))
+    members = tuple(replace(m, slices=(wrong,)) if m is reader else m for m in groups[0].members)
+    groups[0] = replace(groups[0], members=members)
+    parity = verify(model, PruningPlan((GroupPlan("0", 6, (0, 1, 2)),)), X, groups=groups)
+    assert not parity.ok
+    assert parity.max_rel > 1e-3
+    assert "NOT EQUAL" in str(parity)
+
+
+def test_what_is_not_a_number_is_never_equal() -> None:
+    model = randomise(nn.Sequential(*conv_bn(3, 6), nn.ReLU(), *head(6)))
+    model[5].bias.data[0] = float("nan")
+    assert not verify(model, PruningPlan((GroupPlan("0", 6, (0, 1, 2)),)), X).ok
+
+
+@pytest.mark.parametrize("norm", [nn.GroupNorm(2, 8), nn.GroupNorm(1, 8)])
+def test_norms_over_removed_channels_differ_by_right(norm: nn.Module) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), norm, nn.ReLU(), nn.Conv2d(8, 4, 3), nn.ReLU(), *head(4)).double()
+    plan = PruningPlan((GroupPlan("0", 8, (0, 1, 4, 5)),))
+    parity = verify(model, plan, X)
+    assert parity.exempt == ("1",)
+    assert parity.max_rel > 1e-6
+    assert parity.ok
+    assert "by right: '1'" in str(parity)
+    # Elsewhere nothing is exempt.
+    assert verify(model, PruningPlan((GroupPlan("3", 4, (0, 1)),)), X).exempt == ()
+
+
+def test_a_plan_that_does_not_fit_is_refused_and_not_compared() -> None:
+    model = randomise(nn.Sequential(*conv_bn(3, 8), *conv_bn(8, 8, 3, 2), nn.ReLU(), *head(8)))
+    for plan in (
+        PruningPlan((GroupPlan("nowhere", 8, (0, 1)),)),
+        PruningPlan((GroupPlan("0", 9, (0, 1)),)),
+        PruningPlan((GroupPlan("0", 8, (0, 1, 2)),)),
+        PruningPlan((GroupPlan("6", 3, (0, 1)),)),
+    ):
+        with pytest.raises((PlanError, SurgeryError)):
+            verify(model, plan, X)
+
+
+def test_several_outputs_are_all_compared() -> None:
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.a, self.b = nn.Conv2d(3, 6, 3), nn.Conv2d(6, 4, 1), nn.Conv2d(6, 5, 1)
+
+        def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+            y = torch.relu(self.stem(x))
+            return {"a": self.a(y), "b": self.b(y)}
+
+    assert verify(Two().double(), PruningPlan((GroupPlan("stem", 6, (1, 2)),)), X).max_rel < 1e-12
+
+
+def test_ok_is_a_matter_of_tolerance() -> None:
+    assert Parity(1.0, 1e-5, 1e-4, ()).ok
+    assert not Parity(1.0, 1e-3, 1e-4, ()).ok
+    assert Parity(1.0, 1e-3, 1e-4, ("norm",)).ok
