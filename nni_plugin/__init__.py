@@ -3,6 +3,7 @@
 from nni_plugin.adapters.torch_pruning import Parity, carry_optimizer, verify
 from nni_plugin.budgets import Channels, MACs, Params
 from nni_plugin.channel_pruner import ChannelPruner
+from nni_plugin.checkpoint import from_pretrained, save_pretrained
 from nni_plugin.cost import Cost, count
 from nni_plugin.errors import NNIPluginError
 from nni_plugin.plan import GroupPlan, ModelIdentity, PruningPlan
@@ -25,6 +26,8 @@ __all__ = [
     "PruningPlan",
     "carry_optimizer",
     "count",
+    "from_pretrained",
     "plan_channels",
+    "save_pretrained",
     "verify",
 ]

@@ -21,7 +21,15 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from nni_plugin.adapters.torch_pruning import Parity, apply_plan, carry_optimizer, cut_channels, find_groups, verify
+from nni_plugin.adapters.torch_pruning import (
+    Parity,
+    apply_plan,
+    carry_optimizer,
+    cut_channels,
+    find_groups,
+    sound_groups,
+    verify,
+)
 from nni_plugin.budgets import Budget, Size
 from nni_plugin.cost import count
 from nni_plugin.criteria.base import Criterion
@@ -240,6 +248,8 @@ class ChannelPruner:
         if self._dense_widths:
             # Cut before: a group that is down to one unit is still part of the plan.
             groups = [dataclasses.replace(g, fixed=None) for g in groups if g.name in self._dense_widths]
+        else:
+            groups = sound_groups(self.model, groups, self._inputs())
         self._all_groups = groups
         self.groups = [group for group in groups if group.fixed is None]
         if not self.groups:

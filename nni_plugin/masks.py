@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from nni_plugin.groups import ChannelGroup, Slice
 from nni_plugin.plan import PruningPlan
+from nni_plugin.tensors import tensor_of
 
 
 class Masks:
@@ -47,7 +48,7 @@ class Masks:
     def zero_weights(self) -> None:
         """Put the weights of removed channels back to zero; call it after every optimizer step."""
         for name, dim, index in self._dead:
-            tensor = self._tensor(name)
+            tensor = tensor_of(self.model, name)
             if isinstance(tensor, nn.Parameter):
                 tensor.index_fill_(dim, index.to(tensor.device), 0)
 
@@ -55,14 +56,9 @@ class Masks:
     def zero_grads(self) -> None:
         """Zero the gradients of removed channels; call it before gradients are clipped."""
         for name, dim, index in self._dead:
-            gradient = self._tensor(name).grad
+            gradient = tensor_of(self.model, name).grad
             if gradient is not None:
                 gradient.index_fill_(dim, index.to(gradient.device), 0)
-
-    def _tensor(self, name: str) -> Tensor:
-        path, _, leaf = name.rpartition(".")
-        tensor: Tensor = getattr(self.model.get_submodule(path), leaf)
-        return tensor
 
 
 def removed_positions(piece: Slice, gone: Tensor) -> Tensor:

@@ -283,7 +283,7 @@ class PruningPlan:
 
         try:
             data = json.loads(text)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise PlanError(f"Not a plan: the text is not JSON ({error}).") from error
         if not isinstance(data, dict) or data.get("schema_version") != SCHEMA_VERSION:
             got = data.get("schema_version") if isinstance(data, dict) else type(data).__name__
@@ -301,7 +301,7 @@ class PruningPlan:
                 predicted_loss_change=data.get("predicted_loss_change"),
                 provenance=dict(data.get("provenance") or {}),
             )
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, OverflowError, IndexError) as error:
             raise PlanError(f"Damaged plan: {type(error).__name__}: {error}.") from error
 
 

@@ -95,7 +95,8 @@ class Scorer:
             score = score if before is None else momentum * before + (1 - momentum) * score
             self._average[group.name] = score
             alive = score[kept[group.name]]
-            self.range[group.name] = (float(alive.min()), float(alive.max()))
+            if bool(torch.isfinite(alive).all()):
+                self.range[group.name] = (float(alive.min()), float(alive.max()))
             result[group.name] = torch.full_like(score, -math.inf)
             result[group.name][kept[group.name]] = alive
         return result

@@ -19,16 +19,16 @@ FOLDERS = {
 
 # The house, lowest room first. A module may import from its own floor and from the floors below.
 FLOORS = (
-    frozenset({"errors", "machine", "tensors", "groups", "cost", "latency", "masks", "plan", "networks"}),
+    frozenset({"errors", "machine", "tensors", "groups", "cost", "latency", "masks", "plan", "networks", "workspace"}),
     frozenset({"report", "report_plots"}),
     frozenset({"criteria"}),
     frozenset({"budgets"}),
-    frozenset({"selection", "slim_cost", "schedules"}),
+    frozenset({"selection", "slim_cost", "schedules", "scorer"}),
     frozenset({"layers", "performance"}),
     frozenset({"adapters"}),
-    frozenset({"channel_pruner"}),
+    frozenset({"channel_pruner", "methods"}),
     frozenset({"planner", "checkpoint"}),
-    frozenset({"pruners"}),
+    frozenset({"pruners", "workflow"}),
     frozenset({""}),  # nni_plugin/__init__.py, which only gathers the public names
     frozenset({"benchmarks"}),
     frozenset({"cli", "__main__"}),

@@ -20,7 +20,10 @@ from torch import Tensor, nn
 from nni_plugin.cost import call, tensors_in
 from nni_plugin.errors import GraphError
 from nni_plugin.groups import ChannelGroup
-from nni_plugin.tensors import kind_of
+from nni_plugin.tensors import kind_of, tensor_of
+
+_HOST_ERRORS = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
+"""What Torch-Pruning raises on networks it cannot follow."""
 
 
 def find_groups(
@@ -123,7 +126,7 @@ def _trace(model: nn.Module, inputs: Any) -> tuple[Any, set[Any]]:
             output_transform=note_outputs,
             verbose=False,
         )
-    except (RuntimeError, TypeError, ValueError, AttributeError, IndexError, KeyError, AssertionError) as error:
+    except _HOST_ERRORS as error:
         raise GraphError(
             f"{type(model).__name__} could not be traced on the example inputs ({type(error).__name__}: {error}). "
             "Check that it runs on them and returns tensors."
@@ -143,7 +146,14 @@ def _host_groups(graph: Any, model: nn.Module) -> Iterator[Any]:
         left = [i for i in range(pruner.get_out_channels(module)) if i not in covered.get(module, ())]
         if not left:
             continue
-        group = graph.get_pruning_group(module, pruner.prune_out_channels, left)
+        try:
+            group = graph.get_pruning_group(module, pruner.prune_out_channels, left)
+        except _HOST_ERRORS as error:
+            name = graph._module2name[module]
+            raise GraphError(
+                f"The dependency graph cannot follow the channels of layer {name!r} ({type(error).__name__}: {error}); "
+                f"{type(model).__name__} cannot be pruned yet."
+            ) from error
         for item in group:
             if graph.is_out_channel_pruning_fn(item.dep.handler):
                 covered.setdefault(item.dep.layer, set()).update(int(i) for i in item.idxs)
@@ -179,6 +189,8 @@ def _reason_to_keep(group: ChannelGroup, ignored: list[str], model: nn.Module) -
     for member in group.members:
         if member.kind == "":
             return f"layer {member.path!r} is of a kind that cannot be cut"
+        if any(int(piece.index.max()) >= tensor_of(model, piece.tensor).shape[piece.dim] for piece in member.slices):
+            return f"the dependency graph gives layer {member.path!r} more channels than it has"
         for path in ignored:
             if member.axis == "out" and (member.path == path or member.path.startswith(path + ".") or path == ""):
                 return f"layer {member.path!r} is to be ignored"

@@ -21,7 +21,7 @@ from nni_plugin.cost import call
 from nni_plugin.errors import PlanError, SurgeryError
 from nni_plugin.groups import ChannelGroup
 from nni_plugin.plan import PruningPlan
-from nni_plugin.tensors import NORMS, shrink_sizes
+from nni_plugin.tensors import NORMS, shrink_sizes, tensor_of
 
 
 @dataclass(frozen=True)
@@ -123,7 +123,7 @@ def cut_channels(model: nn.Module, plan: PruningPlan, groups: Iterable[ChannelGr
     new: dict[str, Tensor] = {}
     cuts: dict[str, Cut] = {}
     for name in {**keep, **factors}:
-        old = _tensor(model, name)
+        old = tensor_of(model, name)
         data = old.detach()
         for dim, factor in factors.get(name, {}).items():
             shape = [1] * data.dim()
@@ -140,15 +140,16 @@ def _positions_to_keep(
 ) -> dict[str, dict[int, Tensor]]:
     """Return, for each tensor that shrinks, the positions kept along each dimension that does."""
     removed: dict[tuple[str, int], Tensor] = {}
-    kept = plan.kept()
+    kept, first_name = plan.kept(), _first_names(model)
     for group in groups:
         gone = torch.ones(group.width, dtype=torch.bool)
         gone[list(kept.get(group.name, range(group.width)))] = False
         if not gone.any():
             continue
         for piece in group.slices:
-            size = _tensor(model, piece.tensor).shape[piece.dim]
-            mask = removed.setdefault((piece.tensor, piece.dim), torch.zeros(size, dtype=torch.bool))
+            size = tensor_of(model, piece.tensor).shape[piece.dim]
+            key = (first_name.get(piece.tensor, piece.tensor), piece.dim)
+            mask = removed.setdefault(key, torch.zeros(size, dtype=torch.bool))
             mask[piece.index[gone[piece.channel]]] = True
     keep: dict[str, dict[int, Tensor]] = {}
     for (name, dim), mask in removed.items():
@@ -157,6 +158,12 @@ def _positions_to_keep(
         if bool(mask.any()):
             keep.setdefault(name, {})[dim] = (~mask).nonzero().flatten()
     return keep
+
+
+def _first_names(model: nn.Module) -> dict[str, str]:
+    """Return for each name of a parameter the first name of the same one: tied weights are cut once."""
+    first = {id(parameter): name for name, parameter in model.named_parameters()}
+    return {name: first[id(parameter)] for name, parameter in model.named_parameters(remove_duplicate=False)}
 
 
 def _factors(model: nn.Module, plan: PruningPlan, groups: Iterable[ChannelGroup]) -> dict[str, dict[int, Tensor]]:
@@ -176,7 +183,7 @@ def _factors(model: nn.Module, plan: PruningPlan, groups: Iterable[ChannelGroup]
                 if isinstance(layer, NORMS) and leaf.startswith("running_"):
                     continue
                 per_position = result.setdefault(piece.tensor, {}).setdefault(
-                    piece.dim, torch.ones(_tensor(model, piece.tensor).shape[piece.dim], dtype=torch.float64)
+                    piece.dim, torch.ones(tensor_of(model, piece.tensor).shape[piece.dim], dtype=torch.float64)
                 )
                 per_position[piece.index] *= channel_factor[piece.channel]
     return result
@@ -218,10 +225,10 @@ def _commit(
     sizes: Mapping[nn.Module, dict[str, object]],
 ) -> Any:
     """Put the sliced tensors and sizes in place; return what undoes it."""
-    old = {name: (_tensor(model, name).data, _tensor(model, name).grad) for name in new}
+    old = {name: (tensor_of(model, name).data, tensor_of(model, name).grad) for name in new}
     old_sizes = {layer: {key: getattr(layer, key) for key in values} for layer, values in sizes.items()}
     for name, data in new.items():
-        tensor = _tensor(model, name)
+        tensor = tensor_of(model, name)
         gradient = tensor.grad
         _set_data(tensor, data)
         if gradient is not None:
@@ -234,7 +241,7 @@ def _commit(
 
     def undo() -> None:
         for name, (data, gradient) in old.items():
-            tensor = _tensor(model, name)
+            tensor = tensor_of(model, name)
             _set_data(tensor, data)
             tensor.grad = gradient
             if isinstance(tensor, nn.Parameter):
@@ -256,12 +263,6 @@ def _set_data(tensor: Tensor, data: Tensor) -> None:
     other = torch.float32 if data.dtype != torch.float32 else torch.float64
     tensor.data = torch.empty(0, dtype=other, device=data.device)
     tensor.data = data
-
-
-def _tensor(model: nn.Module, name: str) -> Tensor:
-    path, _, leaf = name.rpartition(".")
-    tensor: Tensor = getattr(model.get_submodule(path), leaf)
-    return tensor
 
 
 def _run(model: nn.Module, example_inputs: Any) -> None:

@@ -1,0 +1,28 @@
+"""The Python blocks of the README run, one after the other, as a reader would paste them."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+README = Path(__file__).parents[1] / "README.md"
+
+
+def test_python_blocks_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    blocks = re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.DOTALL)
+    scope: dict[str, object] = {}
+    for block in blocks:
+        exec(compile(block, "README.md", "exec"), scope)
+    assert len(blocks) == 3
+    assert (tmp_path / "out/resnet18/model.safetensors").is_file()
+    assert scope["plan"].channels_kept * 2 <= scope["plan"].channels_kept + scope["plan"].channels_removed  # type: ignore[attr-defined]
+
+
+def test_commands_exist() -> None:
+    text = README.read_text()
+    makefile = (README.parent / "Makefile").read_text()
+    for target in re.findall(r"^\$ make (\w+)", text, flags=re.MULTILINE):
+        assert f"\n{target}:" in makefile
