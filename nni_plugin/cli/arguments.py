@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import argparse
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jsonargparse
+import torch
 
 LIBRARIES = ("timm", "torchvision", "nni_plugin")
+LARGEST_SEED = 2**32 - 1
+"""The most that every random generator takes."""
+
+
+class BadValue(argparse.ArgumentTypeError, ValueError):
+    """A value that an argument cannot take: argparse shows the text of the one, jsonargparse that of the other."""
 
 
 def integers(text: Any) -> tuple[int, ...]:
@@ -18,13 +27,11 @@ def integers(text: Any) -> tuple[int, ...]:
         >>> integers("1,64")
         (1, 64)
     """
+    read = above(1)
     try:
-        values = tuple(int(part) for part in _parts(text))
-    except ValueError as error:
-        raise ValueError(f"expected integers separated by commas, e.g. 1,64; got {text!r}") from error
-    if not values or min(values) < 1:
-        raise ValueError(f"expected integers of at least 1, got {text!r}")
-    return values
+        return tuple(read(part) for part in _parts(text))
+    except BadValue as error:
+        raise BadValue(f"expected integers of at least 1 separated by commas, such as 1,64, got {text!r}") from error
 
 
 def names(text: Any) -> tuple[str, ...]:
@@ -37,17 +44,64 @@ def _parts(text: Any) -> list[str]:
     return [str(part).strip() for part in parts]
 
 
-def above(minimum: int) -> Callable[[Any], int]:
-    """Return a reader of integers of at least `minimum`."""
+def above(minimum: int, maximum: int | None = None) -> Callable[[Any], int]:
+    """Return a reader of integers of at least `minimum`, and at most `maximum`."""
+    expected = f"an integer of at least {minimum}" if maximum is None else f"an integer from {minimum} to {maximum}"
 
     def read(text: Any) -> int:
-        value = int(text)
-        if value < minimum:
-            raise ValueError(f"expected an integer of at least {minimum}, got {value}")
+        try:
+            value = int(str(text))  # by way of text, for 2.5 of a YAML file is no integer
+        except ValueError as error:
+            raise BadValue(f"expected {expected}, got {text!r}") from error
+        if value < minimum or (maximum is not None and value > maximum):
+            raise BadValue(f"expected {expected}, got {text!r}")
         return value
 
-    read.__name__ = f"integer of at least {minimum}"
     return read
+
+
+def number(text: Any) -> float:
+    """Read a finite number.
+
+    Example:
+        >>> number("1e-3")
+        0.001
+    """
+    try:
+        value = float(str(text))
+    except ValueError as error:
+        raise BadValue(f"expected a number, got {text!r}") from error
+    if not math.isfinite(value):
+        raise BadValue(f"expected a finite number, got {text!r}")
+    return value
+
+
+def count_or_fraction(text: Any) -> int | float:
+    """Read a count, written as an integer, or a fraction.
+
+    Example:
+        >>> count_or_fraction("223"), count_or_fraction("0.5")
+        (223, 0.5)
+    """
+    try:
+        return int(str(text))
+    except ValueError:
+        return number(text)
+
+
+def usable_device(text: Any) -> str:
+    """Read the name of a device, and try whether it computes.
+
+    Example:
+        >>> usable_device("cpu")
+        'cpu'
+    """
+    try:
+        torch.zeros(1, device=torch.device(str(text))).item()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
+        raise BadValue(f"{str(text)!r} cannot be used here ({reason}); the CPU can: cpu") from error
+    return str(text)
 
 
 def add_model(parser: jsonargparse.ArgumentParser, *, required: bool) -> None:
@@ -75,6 +129,6 @@ def add_data(parser: jsonargparse.ArgumentParser) -> None:
 def add_common(parser: jsonargparse.ArgumentParser, *, output_required: bool) -> None:
     """Add what every command has."""
     add = parser.add_argument
-    add("--seed", type=above(0), default=0, help="of weights, data order and dropout")
-    add("--device", type=str, help="cpu, cuda, cuda:1, ... (the best there is)")
+    add("--seed", type=above(0, LARGEST_SEED), default=0, help="of weights, data order and dropout")
+    add("--device", type=usable_device, help="cpu, cuda, cuda:1, ... (the best there is)")
     add("--output", type=Path, required=output_required, help="folder for the results")

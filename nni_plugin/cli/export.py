@@ -7,7 +7,7 @@ from typing import Any
 
 import jsonargparse
 
-from nni_plugin.cli.arguments import add_common, integers
+from nni_plugin.cli.arguments import add_common, integers, number
 
 DESCRIPTION = "Export a saved network to ONNX or torch.export, and check it against PyTorch."
 
@@ -20,7 +20,7 @@ def add_arguments(parser: jsonargparse.ArgumentParser) -> None:
     parser.add_argument("directory", type=Path, help="folder that `prune` wrote")
     parser.add_argument("--format", type=str, choices=tuple(FILES), default="onnx", help="what to write")
     parser.add_argument("-b", "--batch-size", type=integers, default=(1, 4), help="batch sizes to check at")
-    parser.add_argument("--tolerance", type=float, default=1e-4, help="largest relative difference")
+    parser.add_argument("--tolerance", type=number, default=1e-4, help="largest relative difference")
     add_common(parser, output_required=False)
 
 
@@ -34,17 +34,19 @@ def run(arguments: Any, command: str) -> None:
 
     from nni_plugin.adapters.export import export_onnx, export_torch
     from nni_plugin.checkpoint import from_pretrained, input_shape_of
-    from nni_plugin.workspace import writable_folder
+    from nni_plugin.workspace import output_folder
 
     torch.manual_seed(arguments.seed)
     model = from_pretrained(arguments.directory)
-    folder = writable_folder(arguments.output or arguments.directory)
+    shape = input_shape_of(arguments.directory)
     export = {"onnx": export_onnx, "torch-export": export_torch}[arguments.format]
-    parity = export(
-        model,
-        torch.randn(2, *input_shape_of(arguments.directory)),
-        folder / FILES[arguments.format],
-        batch_sizes=arguments.batch_size,
-        tolerance=arguments.tolerance,
-    )
-    print(f"{folder / FILES[arguments.format]}: {parity}")
+    with output_folder(arguments.output or arguments.directory) as folder:
+        file = folder / FILES[arguments.format]
+        parity = export(
+            model,
+            torch.randn(2, *shape),
+            file,
+            batch_sizes=arguments.batch_size,
+            tolerance=arguments.tolerance,
+        )
+    print(f"{file}: {parity}")

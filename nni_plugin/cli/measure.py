@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import io
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,7 @@ def run(arguments: Any, command: str) -> None:
     from nni_plugin.checkpoint import from_pretrained, input_shape_of
     from nni_plugin.cost import count
     from nni_plugin.latency import measure_latency
-    from nni_plugin.workspace import workspace
+    from nni_plugin.workspace import output_folder, write_file
 
     if (arguments.directory is None) == (arguments.model is None):
         raise argparse.ArgumentError(None, "give either a folder that `prune` wrote, or --model")
@@ -77,10 +78,9 @@ def run(arguments: Any, command: str) -> None:
         table.add_row(*(str(value) for value in row.values()))
     Console().print(table)
     if arguments.output is not None:
-        with (
-            workspace(arguments.output, {}) as places,
-            (places.results / "measure.csv").open("w", newline="") as file,
-        ):
-            writer = csv.DictWriter(file, list(rows[0]))
-            writer.writeheader()
-            writer.writerows(rows)
+        text = io.StringIO(newline="")
+        writer = csv.DictWriter(text, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+        with output_folder(arguments.output) as folder:
+            write_file(folder / "measure.csv", text.getvalue())

@@ -9,7 +9,17 @@ from typing import Any
 import jsonargparse
 
 from nni_plugin.budgets import Budget, Channels, MACs, Params
-from nni_plugin.cli.arguments import above, add_common, add_data, add_model, integers, names
+from nni_plugin.cli.arguments import (
+    above,
+    add_common,
+    add_data,
+    add_model,
+    count_or_fraction,
+    integers,
+    names,
+    number,
+)
+from nni_plugin.errors import BudgetError, TrainingError
 
 DESCRIPTION = "Prune a network to a budget: train it if asked, prune, fine-tune, verify, measure, save."
 
@@ -20,9 +30,9 @@ def add_arguments(parser: jsonargparse.ArgumentParser) -> None:
     add_model(parser, required=True)
     add_data(parser)
     add("--method", type=str, default="taylor-fo", help="criterion: taylor-fo, taylor-fo-weight, tp:magnitude, ...")
-    add("--macs", type=float, help="fraction of the multiply-accumulates to keep, above 0, at most 1")
-    add("--params", type=float, help="fraction of the parameters to keep")
-    add("--channels", type=int | float, help="coupled channels to keep: a count (223) or a fraction (0.5)")
+    add("--macs", type=number, help="fraction of the multiply-accumulates to keep, above 0, at most 1")
+    add("--params", type=number, help="fraction of the parameters to keep")
+    add("--channels", type=count_or_fraction, help="coupled channels to keep: a count (223) or a fraction (0.5)")
     add(
         "--schedule",
         type=str,
@@ -32,25 +42,25 @@ def add_arguments(parser: jsonargparse.ArgumentParser) -> None:
     )
     add("--prune-channels", type=above(1), help="channels removed in a step (done in the first half of --epochs)")
     add("--prune-every", type=above(1), help="minibatches between steps (likewise, at most 30)")
-    add("--loss-threshold", type=float, default=1.04, help="largest training loss at which a continuous one prunes")
+    add("--loss-threshold", type=number, default=1.04, help="largest training loss at which a continuous one prunes")
     add("--score-batches", type=above(1), help="minibatches that one-shot scores on (all training data)")
     add("--round-to", type=above(1), default=1, help="make widths multiples of this")
     add("--min-channels", type=above(1), default=1, help="make no layer narrower than this")
     add("--ignore", type=names, default=(), help="layers to leave whole, by name, separated by commas")
     add("--epochs", type=above(0), default=0, help="epochs of fine-tuning")
-    add("--lr", type=float, default=0.05, help="learning rate of fine-tuning")
+    add("--lr", type=number, default=0.05, help="learning rate of fine-tuning")
     add("--pretrain-epochs", type=above(0), default=0, help="epochs to train the dense network first")
-    add("--pretrain-lr", type=float, default=0.1, help="learning rate of that")
+    add("--pretrain-lr", type=number, default=0.1, help="learning rate of that")
     add("--opt", type=str, default="sgd", help="optimizer of timm")
-    add("--momentum", type=float, default=0.9, help="momentum of the optimizer")
-    add("--weight-decay", type=float, default=5e-4, help="weight decay")
+    add("--momentum", type=number, default=0.9, help="momentum of the optimizer")
+    add("--weight-decay", type=number, default=5e-4, help="weight decay")
     add("--sched", type=str, default="cosine", help="learning-rate schedule of timm")
     add("--warmup-epochs", type=above(0), default=0, help="epochs of linear warm-up within --epochs")
-    add("--clip-grad", type=float, help="largest norm of the gradient")
-    add("--smoothing", type=float, default=0.0, help="label smoothing")
-    add("--mixup", type=float, default=0.0, help="alpha of mixup")
+    add("--clip-grad", type=number, help="largest norm of the gradient")
+    add("--smoothing", type=number, default=0.0, help="label smoothing")
+    add("--mixup", type=number, default=0.0, help="alpha of mixup")
     add("--model-ema", action="store_true", help="average the weights over time")
-    add("--model-ema-decay", type=float, default=0.998, help="decay of that average")
+    add("--model-ema-decay", type=number, default=0.998, help="decay of that average")
     add("--amp", action="store_true", help="mixed precision")
     add("--amp-dtype", type=str, choices=("bfloat16", "float16"), default="bfloat16", help="its lower precision")
     add("--checkpoint-every", type=above(1), help="minibatches between checkpoints (every epoch)")
@@ -79,7 +89,9 @@ def run(arguments: Any, command: str) -> None:
     )
     console.print(_table(result.metrics))
     console.print(
-        f"{arguments.output}/report.html shows it; load it: nni_plugin.from_pretrained({str(arguments.output)!r})"
+        f"{arguments.output}/report.html shows it; load it: nni_plugin.from_pretrained({str(arguments.output)!r})",
+        markup=False,
+        soft_wrap=True,
     )
 
 
@@ -90,10 +102,15 @@ def _job(arguments: Any) -> Any:
     given = {flag: value for flag in ("macs", "params", "channels") if (value := arguments[flag]) is not None}
     if len(given) != 1:
         raise argparse.ArgumentError(
-            None, f"give one budget of --macs, --params and --channels, got {list(given) or 'none'}"
+            None,
+            f"give one budget of --macs, --params and --channels, got "
+            f"{' and '.join(f'--{flag}' for flag in given) or 'none'}",
         )
     [(flag, amount)] = given.items()
-    budget: Budget = MACs(amount) if flag == "macs" else Params(amount) if flag == "params" else Channels(amount)
+    try:
+        budget: Budget = MACs(amount) if flag == "macs" else Params(amount) if flag == "params" else Channels(amount)
+    except BudgetError as error:
+        raise argparse.ArgumentError(None, f"--{flag}: {str(error).rstrip('.')}") from error
     amp = {"bfloat16": "bf16", "float16": "fp16"}[arguments.amp_dtype] if arguments.amp else "no"
     shared = {
         field.name: arguments[field.name]
@@ -101,15 +118,12 @@ def _job(arguments: Any) -> Any:
         if field.name in arguments and field.name != "amp"
     }
     finetune = TrainingConfig(**{**shared, "amp": amp})
-    pretrain = TrainingConfig(
-        **{
-            **shared,
-            "amp": amp,
-            "epochs": arguments.pretrain_epochs,
-            "lr": arguments.pretrain_lr,
-            "warmup_epochs": 0,
-        }
-    )
+    first = {"amp": amp, "epochs": arguments.pretrain_epochs, "lr": arguments.pretrain_lr, "warmup_epochs": 0}
+    try:
+        pretrain = TrainingConfig(**{**shared, **first})
+    except TrainingError as error:
+        # All that the two share has been accepted above.
+        raise TrainingError(str(error).replace("--lr", "--pretrain-lr")) from error
     data = {
         "batch_size": arguments.batch_size,
         "img_size": arguments.img_size,
