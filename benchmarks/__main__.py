@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from nni_plugin.benchmarks import resnet101_schedule, scoring_overhead
 from nni_plugin.machine import describe_machine
 
-BENCHMARKS = {"scoring_overhead": scoring_overhead.run, "resnet101_schedule": resnet101_schedule.run}
+BENCHMARKS: dict[str, Callable[[], dict[str, Any]]] = {"scoring_overhead": scoring_overhead.run, "resnet101_schedule": resnet101_schedule.run}
 
 
 def main() -> None:

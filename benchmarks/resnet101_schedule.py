@@ -42,7 +42,9 @@ def run(minibatches: int = 3, batch_size: int = 16, size: int = 64) -> dict[str,
     pruner.schedule = Iterative(CHANNELS, minibatches)
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
     model.train()
-    scoring, masking, planning = [], [], []
+    scoring: list[float] = []
+    masking: list[float] = []
+    planning: list[float] = []
     begun = time.perf_counter()
     while not pruner.done:
         optimizer.zero_grad(set_to_none=True)
