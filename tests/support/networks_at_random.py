@@ -184,7 +184,7 @@ class Recipe:
 
 
 def _mishandled(recipe: Recipe) -> bool:
-    """Tell recipes whose coupling is not found yet; each has a test of its own that shows it."""
+    """Tell recipes that the graph mishandles; `test_parity_random` has tests of their own that show it."""
     joins = any(kind in ("concat", "dense") for kind, _, _ in recipe.blocks)
     one = any(act == "prelu_one" for _, _, act in recipe.blocks)
     flat = recipe.head in ("flatten", "mlp")

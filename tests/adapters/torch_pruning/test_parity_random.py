@@ -138,6 +138,8 @@ def case(*blocks: tuple[str, int, str], head: str) -> Recipe:
 @pytest.mark.parametrize(
     "blocks",
     [
+        [("concat", 2, "relu")],
+        [("concat", 3, "relu")],
         [("concat", 4, "relu")],
         [("conv", 5, "relu"), ("dense", 4, "relu")],
         [("conv", 5, "relu"), ("concat", 4, "relu")],
