@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from fractions import Fraction
 
 from nni_plugin.cost import Cost
 from nni_plugin.errors import BudgetError
@@ -19,6 +20,11 @@ class Size:
 def _check_ratio(name: str, ratio: float) -> None:
     if isinstance(ratio, bool) or not isinstance(ratio, (int, float)) or not 0 < ratio <= 1:
         raise BudgetError(f"{name} is the fraction kept and must be above 0 and at most 1, got {ratio!r}.")
+
+
+def _share(ratio: float, whole: int) -> int:
+    """Return a share rounded down, of the decimal number that was written: 0.29 of 100 is 29."""
+    return int(Fraction(str(ratio)) * whole)
 
 
 @dataclass(frozen=True)
@@ -38,7 +44,7 @@ class MACs:
 
     def limit(self, dense: Size) -> int:
         """Return the most MACs (of one sample) that the result may have."""
-        return int(self.ratio * dense.cost.macs)
+        return _share(self.ratio, dense.cost.macs)
 
     def value(self, size: Size) -> int:
         """Return what is compared with the limit."""
@@ -57,7 +63,7 @@ class Params:
 
     def limit(self, dense: Size) -> int:
         """Return the most parameters that the result may have."""
-        return int(self.ratio * dense.cost.params)
+        return _share(self.ratio, dense.cost.params)
 
     def value(self, size: Size) -> int:
         """Return what is compared with the limit."""
@@ -79,7 +85,7 @@ class Channels:
 
     def limit(self, dense: Size) -> int:
         """Return the most channels that the result may have."""
-        return int(self.count * dense.channels) if isinstance(self.count, float) else self.count
+        return _share(self.count, dense.channels) if isinstance(self.count, float) else self.count
 
     def value(self, size: Size) -> int:
         """Return what is compared with the limit."""

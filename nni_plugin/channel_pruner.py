@@ -34,6 +34,7 @@ from nni_plugin.budgets import Budget, Size
 from nni_plugin.cost import count
 from nni_plugin.criteria.base import Criterion
 from nni_plugin.errors import CriterionError, GraphError, ScheduleError, SurgeryError
+from nni_plugin.groups import ChannelGroup, narrowed
 from nni_plugin.masks import Masks
 from nni_plugin.plan import GroupPlan, PruningPlan
 from nni_plugin.schedules import OneShot, Schedule
@@ -83,14 +84,13 @@ class ChannelPruner:
         self.scorer = Scorer(criterion)
         self.optimizer: torch.optim.Optimizer | None = None
         self.ema: nn.Module | None = None
-        self._ignore = [item if isinstance(item, str) else _path_of(model, item) for item in ignore]
-        self._dense_widths: dict[str, int] = {}
-        self._find()
+        groups = find_groups(model, self._inputs(), ignore=ignore, keep_host=self.scorer.foreign)
+        self._take(sound_groups(model, groups, self._inputs()))
         self.dense: Size = self._slim_cost.dense
         self._dense_widths = {group.name: group.width for group in self.groups}
         self._origin = {group.name: torch.arange(group.width) for group in self.groups}
         self._kept = dict(self._origin)
-        self._since, self._loss_sum, self._loss_count = 0, 0.0, 0
+        self._since_check, self._window, self._loss_sum = 0, 0, 0.0
         self._counted: Size | None = None
         self.done = False
         self.parity: Parity | None = None
@@ -119,8 +119,9 @@ class ChannelPruner:
             raise CriterionError(f"The training loss is {loss}; lower the learning rate or look at the data.")
         with self._timed("score"):
             if not self.done:
-                self._loss_sum, self._loss_count = self._loss_sum + loss, self._loss_count + 1
-                self._since += 1
+                self._loss_sum += loss
+                self._since_check += 1
+                self._window += 1
                 self.scorer.update(self.model, self.groups, due=self._due())
             self._masks.zero_grads()
 
@@ -136,8 +137,8 @@ class ChannelPruner:
             return
         if self._due():
             self._prune(self.schedule.channels)
-        elif self._since >= (self.schedule.minibatches or math.inf):
-            self._loss_sum, self._loss_count = 0.0, 0  # checked and skipped: the next check has a mean of its own
+        elif self._since_check >= (self.schedule.minibatches or math.inf):
+            self._since_check, self._loss_sum = 0, 0.0  # checked and skipped: the window goes on growing
 
     def on_epoch_end(self, epoch: int, metrics: dict[str, float]) -> None:
         """Add how far pruning has come to the epoch's metrics."""
@@ -152,7 +153,7 @@ class ChannelPruner:
             ScheduleError: Nothing has been collected since the last step.
         """
         if not self.done:
-            if self._since == 0 and self.scorer.needs_gradients:
+            if self._window == 0 and self.scorer.needs_gradients:
                 raise ScheduleError(
                     "No minibatch has run since the last pruning step, so there is nothing to rank by: run some, or "
                     "shorten the schedule (fewer minibatches or more channels a step)."
@@ -210,8 +211,7 @@ class ChannelPruner:
         return {
             "origin": dict(self._origin),
             "kept": dict(self._kept),
-            "since": self._since,
-            "loss": [self._loss_sum, self._loss_count],
+            "since": [self._since_check, self._window, self._loss_sum],
             "done": self.done,
             "steps": [dict(step) for step in self.steps],
             "seconds": dict(self.seconds),
@@ -235,21 +235,15 @@ class ChannelPruner:
         self._kept = dict(state["kept"])
         self._masks.remove(self._kept)
         self._masks.zero_weights()
-        self._since = int(state["since"])
-        self._loss_sum, self._loss_count = float(state["loss"][0]), int(state["loss"][1])
+        self._since_check, self._window, self._loss_sum = state["since"]
         self.steps, self.seconds = [dict(step) for step in state["steps"]], dict(state["seconds"])
         self.parity = None if state["parity"] is None else Parity(**state["parity"])
         self.scorer.load_state_dict(state["scorer"])
 
     # -- how it works -----------------------------------------------------------------------------------
 
-    def _find(self) -> None:
-        groups = find_groups(self.model, self._inputs(), ignore=self._ignore, keep_host=self.scorer.foreign)
-        if self._dense_widths:
-            # Cut before: a group that is down to one unit is still part of the plan.
-            groups = [dataclasses.replace(g, fixed=None) for g in groups if g.name in self._dense_widths]
-        else:
-            groups = sound_groups(self.model, groups, self._inputs())
+    def _take(self, groups: list[ChannelGroup]) -> None:
+        """Work on these groups from now on."""
         self._all_groups = groups
         self.groups = [group for group in groups if group.fixed is None]
         if not self.groups:
@@ -259,7 +253,7 @@ class ChannelPruner:
         self._masks = Masks(self.model, self.groups)
 
     def _due(self) -> bool:
-        return self.schedule.due(self._since, self._loss_sum / max(self._loss_count, 1))
+        return self.schedule.due(self._since_check, self._loss_sum / max(self._since_check, 1))
 
     def _ranking(self, scores: Mapping[str, Tensor]) -> Ranking:
         return Ranking(self.groups, scores, round_to=self.round_to, min_channels=self.min_channels)
@@ -281,7 +275,7 @@ class ChannelPruner:
             self._kept = kept
             self._masks.remove(kept)
             self._masks.zero_weights()
-            self._since, self._loss_sum, self._loss_count = 0, 0.0, 0
+            self._since_check, self._window, self._loss_sum = 0, 0, 0.0
             size = self.size()
             self.steps.append({"channels": size.channels, "macs": size.cost.macs, "params": size.cost.params})
         if self.done:
@@ -316,14 +310,18 @@ class ChannelPruner:
 
     def _remove_physically(self, plan: PruningPlan) -> None:
         if plan.channels_removed:
-            apply_plan(self.model, plan, self._inputs(), groups=self._all_groups)
+            apply_plan(self.model, plan, self._inputs(), groups=self._all_groups, check=False)
             if self.optimizer is not None:
                 carry_optimizer(self.optimizer, plan)
             if self.ema is not None:
                 cut_channels(self.ema, plan, self._all_groups)
         self._origin = {name: self._origin[name][index] for name, index in self._kept.items()}
         self.scorer.narrow(self._kept)
-        self._find()
+        groups = narrowed(self._all_groups, self._kept)
+        if self.scorer.foreign and not self.done:
+            hosts = {group.name: group.host for group in find_groups(self.model, self._inputs(), keep_host=True)}
+            groups = [dataclasses.replace(group, host=hosts.get(group.name)) for group in groups]
+        self._take(groups)
         self._kept = {group.name: torch.arange(group.width) for group in self.groups}
 
     def _inputs(self) -> Any:
@@ -349,10 +347,3 @@ def _on_device_of(model: nn.Module, inputs: Any) -> Any:
     if isinstance(inputs, (tuple, list)):
         return tuple(_on_device_of(model, value) for value in inputs)
     return inputs
-
-
-def _path_of(model: nn.Module, layer: nn.Module) -> str:
-    paths: list[str] = [name for name, module in model.named_modules() if module is layer]
-    if not paths:
-        raise GraphError(f"A layer to ignore ({type(layer).__name__}) is not part of the model.")
-    return paths[0]

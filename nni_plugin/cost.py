@@ -13,9 +13,18 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from nni_plugin.errors import ModelError
+
+
+def _attention_flops(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
+    flops: int = sdpa_flop_count(query, key, value)
+    return flops
+
+
+_CPU_ATTENTION = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops}
+"""torch counts the fused attention of GPUs but not that of CPUs; a budget must not depend on the device."""
 
 
 @dataclass(frozen=True)
@@ -29,6 +38,12 @@ class Cost:
 
     macs: int
     params: int
+
+    def __post_init__(self) -> None:
+        """Refuse what is no count."""
+        for name, value in (("macs", self.macs), ("params", self.params)):
+            if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+                raise ValueError(f"{name} must be an integer of at least 0, got {value!r}")
 
     def __str__(self) -> str:
         """Return e.g. `40.6 M MACs, 0.27 M parameters`."""
@@ -86,7 +101,7 @@ def count_macs_by_module(model: nn.Module, example_inputs: Any) -> dict[str, int
         ModelError: The forward pass fails on the example inputs.
     """
     batch = batch_size_of(example_inputs)
-    counter = FlopCounterMode(display=False)
+    counter = FlopCounterMode(display=False, custom_mapping=_CPU_ATTENTION)
     spent: dict[str, int] = {}
     begun: dict[str, int] = {}
     hooks = []

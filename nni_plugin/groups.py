@@ -59,6 +59,7 @@ class Member:
         slices: The same, tensor by tensor.
         ties: For each position the label of those that must go together, or None.
         writer: Whether the channel's gate lies on this member's output.
+        beside: Whether it only scales the gated signal (the last layer of a squeeze-excite branch).
     """
 
     path: str
@@ -69,6 +70,7 @@ class Member:
     slices: tuple[Slice, ...]
     ties: Tensor | None = None
     writer: bool = False
+    beside: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -158,7 +160,7 @@ class ChannelGroup:
         if graph is None or len(group) == 0:
             raise GraphError("Expected a group of a built dependency graph, got one without its graph.")
         number = {int(index): i for i, index in enumerate(group[0].idxs)}
-        writers = _writers(group)
+        writers, beside = _writers(group)
         members = []
         for item in group:
             node = item.dep.target
@@ -173,13 +175,65 @@ class ChannelGroup:
                 torch.tensor([int(i) for i in item.idxs], dtype=torch.int64),
                 torch.tensor([number[int(i)] for i in root_idxs], dtype=torch.int64),
             )
-            members.append(replace(member, writer=axis == "out" and node in writers))
+            is_out = member.axis == "out"
+            members.append(replace(member, writer=is_out and node in writers, beside=is_out and node in beside))
         return cls(name=members[0].path, width=len(number), members=tuple(members), host=group)
 
 
-def kept_from(masks: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Turn boolean masks of the channels to keep into ascending index tensors."""
-    return {name: mask.nonzero().flatten() for name, mask in masks.items()}
+def narrowed(groups: Iterable[ChannelGroup], kept: Mapping[str, Tensor]) -> list[ChannelGroup]:
+    """Renumber groups for the network in which each keeps only some of its channels.
+
+    Args:
+        groups: All groups of the network.
+        kept: Ascending channel indices that remain, by group name; groups not named keep all.
+
+    Returns:
+        The same groups by name, without the graph's own form.
+    """
+    groups = list(groups)
+    alive = {}
+    for group in groups:
+        alive[group.name] = torch.zeros(group.width, dtype=torch.bool)
+        alive[group.name][kept.get(group.name, torch.arange(group.width))] = True
+    removed: dict[tuple[str, Any], list[Tensor]] = {}
+    for group in groups:
+        for member in group.members:
+            removed.setdefault((member.path, member.axis), []).append(member.index[~alive[group.name][member.channel]])
+            for piece in member.slices:
+                gone = piece.index[~alive[group.name][piece.channel]]
+                removed.setdefault((piece.tensor, piece.dim), []).append(gone)
+    gone_at = {key: torch.unique(torch.cat(parts)) for key, parts in removed.items()}
+
+    def renumber(key: tuple[str, Any], index: Tensor) -> Tensor:
+        return index - torch.searchsorted(gone_at[key], index)
+
+    result = []
+    for group in groups:
+        rank = alive[group.name].cumsum(0) - 1
+        members = []
+        for member in group.members:
+            stays = alive[group.name][member.channel]
+            slices = tuple(
+                replace(
+                    piece,
+                    index=renumber((piece.tensor, piece.dim), piece.index[on]),
+                    channel=rank[piece.channel[on]],
+                )
+                for piece in member.slices
+                for on in (alive[group.name][piece.channel],)
+            )
+            members.append(
+                replace(
+                    member,
+                    index=renumber((member.path, member.axis), member.index[stays]),
+                    channel=rank[member.channel[stays]],
+                    slices=slices,
+                    ties=None if member.ties is None else member.ties[stays],
+                )
+            )
+        width = int(alive[group.name].sum())
+        result.append(ChannelGroup(group.name, width, tuple(members), group.fixed))
+    return result
 
 
 def _is_layer(node: Any) -> bool:
@@ -208,8 +262,8 @@ def _member(graph: Any, node: Any, axis: Axis, index: Tensor, channel: Tensor) -
     return Member(path, axis, kind, index, channel, tuple(slices), None if period is None else index % period)
 
 
-def _writers(group: Any) -> set[Any]:
-    """Return the nodes on whose output the gate of each channel lies; see the module's text."""
+def _writers(group: Any) -> tuple[set[Any], set[Any]]:
+    """Return the nodes on whose output the gate of each channel lies, and those that only scale it."""
     inside = {item.dep.target for item in group}
     outputs = [item.dep.target for item in group if item.dep.handler.__name__ != "prune_in_channels"]
     layers = [node for node in outputs if _is_layer(node)]
@@ -217,14 +271,14 @@ def _writers(group: Any) -> set[Any]:
     candidates = [node for node in layers if kind_of(node.module) != "prelu"]
     writers = {node for node in candidates if not _reached(node, inside, carriers) <= carriers}
     writers |= {node for node in candidates if not _reached(node, inside, carriers)}
+    beside: set[Any] = set()
     for product in inside:
         if not _is_layer(product) and "Mul" in str(getattr(product.module, "_grad_fn", "")):
             sides = [side & writers for side in (_producers(n, inside) for n in product.inputs)]
             sides = [side for i, side in enumerate(sides) if side and side not in sides[:i]]
             if len(sides) > 1:
-                main = _main_side(sides)
-                writers -= set().union(*sides) - main
-    return writers
+                beside |= set().union(*sides) - _main_side(sides)
+    return writers - beside, beside
 
 
 def _walkable(node: Any) -> bool:

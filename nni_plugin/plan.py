@@ -11,6 +11,7 @@ import hashlib
 import itertools
 import json
 import math
+import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from types import MappingProxyType
@@ -46,7 +47,7 @@ class ModelIdentity:
             if not isinstance(value, str) or not value:
                 raise PlanError(f"A model identity needs a library and a name as text, got {value!r}.")
         try:
-            copy = json.loads(json.dumps(dict(self.kwargs)))
+            copy = json.loads(json.dumps(dict(self.kwargs), allow_nan=False))
         except (TypeError, ValueError) as error:
             raise PlanError(f"The arguments of {self.name!r} must be plain JSON values: {error}.") from error
         object.__setattr__(self, "kwargs", MappingProxyType(copy))
@@ -89,7 +90,10 @@ class GroupPlan:
 
     def __post_init__(self) -> None:
         """Check that the kept channels exist, are sorted and are not empty."""
-        kept = tuple(int(i) for i in self.kept)
+        try:
+            kept = tuple(operator.index(i) for i in self.kept)
+        except TypeError as error:
+            raise PlanError(f"Group {self.name!r}: kept channels must be integers, got {self.kept!r}.") from error
         object.__setattr__(self, "kept", kept)
         if not kept:
             raise PlanError(f"Group {self.name!r} would lose all its {self.total} channels; keep at least one.")
@@ -189,7 +193,7 @@ class PruningPlan:
         """Compose with a plan made on the pruned network, into one plan on the dense network.
 
         Args:
-            later: A plan whose groups have the widths that this one leaves.
+            later: A plan whose groups have the widths that this one leaves; it may name further ones.
 
         Returns:
             One plan that does both; provenance and cost after are the later plan's.
@@ -198,10 +202,8 @@ class PruningPlan:
             PlanError: The widths of the two plans do not meet.
         """
         second = {group.name: group for group in later.groups}
-        unknown = sorted(set(second) - {group.name for group in self.groups})
-        if unknown:
-            raise PlanError(f"The later plan has groups that the first one does not know: {unknown}.")
-        groups = []
+        names = {group.name for group in self.groups}
+        groups = [group for group in later.groups if group.name not in names]
         for first in self.groups:
             if first.name not in second:
                 groups.append(first)
@@ -290,7 +292,7 @@ class PruningPlan:
             raise PlanError(f"Not a plan this version reads: expected schema_version {SCHEMA_VERSION}, got {got!r}.")
         try:
             groups = tuple(_group_from(entry) for entry in _sequence(data["groups"]))
-            identity = data.get("model")
+            identity, change = data.get("model"), data.get("predicted_loss_change")
             before, after = data.get("cost_before"), data.get("cost_after")
             return cls(
                 groups=groups,
@@ -298,11 +300,17 @@ class PruningPlan:
                 model=None if identity is None else ModelIdentity(**identity),
                 cost_before=None if before is None else Cost(**before),
                 cost_after=None if after is None else Cost(**after),
-                predicted_loss_change=data.get("predicted_loss_change"),
+                predicted_loss_change=None if change is None else _number(change),
                 provenance=dict(data.get("provenance") or {}),
             )
         except (KeyError, TypeError, ValueError, OverflowError, IndexError) as error:
             raise PlanError(f"Damaged plan: {type(error).__name__}: {error}.") from error
+
+
+def _number(value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"expected a number, got {value!r}")
+    return float(value)
 
 
 def _sequence(value: Any) -> Sequence[Any]:
@@ -322,5 +330,5 @@ def _group_from(entry: Mapping[str, Any]) -> GroupPlan:
         total=entry["total"],
         kept=tuple(entry["kept"]),
         factors=None if factors is None else tuple(factors),
-        score_range=None if scores is None else (float(scores[0]), float(scores[1])),
+        score_range=None if scores is None else (_number(scores[0]), _number(scores[1])),
     )

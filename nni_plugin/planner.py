@@ -14,9 +14,9 @@ from tqdm import tqdm
 from nni_plugin.budgets import Budget
 from nni_plugin.channel_pruner import ChannelPruner
 from nni_plugin.criteria.base import Criterion
-from nni_plugin.errors import CriterionError
+from nni_plugin.errors import CriterionError, ScheduleError
 from nni_plugin.plan import PruningPlan
-from nni_plugin.schedules import OneShot, Schedule
+from nni_plugin.schedules import Continuous, OneShot, Schedule
 from nni_plugin.scorer import ForeignCriterion
 
 
@@ -87,7 +87,13 @@ def run_without_training(
 
     Raises:
         CriterionError: There is no batch, a loss is not finite, or a layer lacks gradients.
+        ScheduleError: The schedule waits for training.
     """
+    if isinstance(pruner.schedule, Continuous):
+        raise ScheduleError(
+            "A continuous schedule waits for the training loss to fall, and here nothing trains: use Iterative or "
+            "OneShot, or call the pruner from a training loop."
+        )
     if pruner.scorer.needs_gradients and not pruner.done:
         _pass_over(pruner, pruner.model, batches, loss_fn)
     return pruner.finish()
@@ -106,10 +112,9 @@ def _pass_over(
                 if not pruner.scorer.foreign:  # a stock importance reads the sum over the minibatches
                     model.zero_grad(set_to_none=True)
                 loss = loss_fn(model, batch)
-                if loss.dim() != 0 or not loss.requires_grad:
+                if not isinstance(loss, Tensor) or loss.dim() != 0 or not loss.requires_grad:
                     raise CriterionError(
-                        f"loss_fn must return a scalar that depends on the model's parameters, got shape "
-                        f"{tuple(loss.shape)}, requires_grad={loss.requires_grad}."
+                        f"loss_fn must return a scalar tensor that depends on trainable parameters, got {loss!r}."
                     )
                 loss.backward()
                 pruner.on_backward(float(loss.detach()))

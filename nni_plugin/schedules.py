@@ -62,7 +62,7 @@ class Iterative:
         _check_momentum(self.momentum)
 
     def due(self, minibatches: int, mean_loss: float) -> bool:
-        """Tell whether to prune after so many minibatches since the last step."""
+        """Tell whether to prune after so many minibatches since the last step or check."""
         return minibatches >= self.minibatches
 
 
@@ -78,6 +78,13 @@ class Continuous(Iterative):
     """
 
     loss_threshold: float = 1.04
+
+    def __post_init__(self) -> None:
+        """Check the values."""
+        super().__post_init__()
+        threshold = self.loss_threshold
+        if isinstance(threshold, bool) or not isinstance(threshold, (int, float)) or not threshold > 0:
+            raise ScheduleError(f"loss_threshold must be a number above 0, got {threshold!r}.")
 
     def due(self, minibatches: int, mean_loss: float) -> bool:
         """Tell whether to prune after so many minibatches since the last check, at this mean loss."""

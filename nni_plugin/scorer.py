@@ -60,7 +60,7 @@ class Scorer:
     def read(self, groups: Sequence[ChannelGroup]) -> None:
         """Ask a stock importance now, while the gradients are there."""
         if not isinstance(self.criterion, Criterion):
-            found = {group.name: self.criterion(group.host) for group in groups}
+            found = {group.name: self.criterion(group.host) for group in groups if group.host is not None}
             self._fresh = {name: score.detach().cpu() for name, score in found.items() if score is not None}
 
     def scores(self, groups: Sequence[ChannelGroup], kept: Mapping[str, Tensor], momentum: float) -> dict[str, Tensor]:

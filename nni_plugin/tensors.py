@@ -139,7 +139,7 @@ def shrink_sizes(layer: nn.Module, axis: Axis, removed: int) -> dict[str, object
         name = "out_features" if axis == "out" else "in_features"
         return {name: getattr(layer, name) - removed}
     if isinstance(layer, nn.PReLU):
-        return {"num_parameters": layer.num_parameters - removed}
+        return {"num_parameters": layer.num_parameters - removed} if layer.num_parameters > 1 else {}
     if isinstance(layer, nn.Embedding):
         return {"embedding_dim": layer.embedding_dim - removed}
     return {}

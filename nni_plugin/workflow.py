@@ -219,6 +219,7 @@ class _Run:
                 "Prune more often (--prune-every), more at once (--prune-channels), or train longer.",
                 stacklevel=2,
             )
+            pruner.schedule = Iterative(pruner.schedule.channels or 1, pruner.schedule.minibatches or 1)
             run_without_training(pruner, self._score_batches(), cross_entropy)
             watch.top1 = self._top1()
         return pruner, watch.top1, history

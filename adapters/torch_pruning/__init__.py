@@ -1,9 +1,10 @@
 """Torch-Pruning's dependency graph finds what is coupled; selection, safety and bookkeeping are ours."""
 
+from nni_plugin.adapters.torch_pruning.apply import apply_plan
 from nni_plugin.adapters.torch_pruning.graph import find_groups
 from nni_plugin.adapters.torch_pruning.optimizer import carry_optimizer
 from nni_plugin.adapters.torch_pruning.probe import sound_groups
-from nni_plugin.adapters.torch_pruning.surgery import apply_plan, cut_channels
+from nni_plugin.adapters.torch_pruning.surgery import cut_channels
 from nni_plugin.adapters.torch_pruning.verify import Parity, verify
 
 __all__ = ["Parity", "apply_plan", "carry_optimizer", "cut_channels", "find_groups", "sound_groups", "verify"]

@@ -79,6 +79,7 @@ def _ignored_paths(model: nn.Module, ignore: Iterable[str | nn.Module]) -> list[
 def _traceable(model: nn.Module, example_inputs: Any) -> Iterator[Any]:
     """Let every parameter and input require gradients, in eval mode; put everything back at the end."""
     modes = {module: module.training for module in model.modules()}
+    hooks = {module: list(module._forward_hooks) for module in model.modules()}
     frozen = [parameter for parameter in model.parameters() if not parameter.requires_grad]
     state = torch.random.get_rng_state()
     try:
@@ -93,6 +94,9 @@ def _traceable(model: nn.Module, example_inputs: Any) -> Iterator[Any]:
             parameter.requires_grad_(False)
         for module, training in modes.items():
             module.training = training
+        for module, known in hooks.items():  # those that a trace leaves behind when it fails
+            for key in [key for key in module._forward_hooks if key not in known]:
+                del module._forward_hooks[key]
         torch.random.set_rng_state(state)
 
 

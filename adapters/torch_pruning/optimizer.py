@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import warnings
 
-import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from nni_plugin.adapters.torch_pruning.surgery import CUTS, Cut
+from nni_plugin.adapters.torch_pruning.surgery import CUTS, Cut, sliced
 from nni_plugin.errors import SurgeryError
 from nni_plugin.plan import PruningPlan
 
@@ -44,9 +43,7 @@ def carry_optimizer(optimizer: Optimizer, plan: PruningPlan) -> Optimizer:
 
 def _carried(value: Tensor, cut: Cut, parameter: Tensor, key: str) -> Tensor:
     if tuple(value.shape) == cut.shape:
-        for dim, positions in cut.keep.items():
-            value = value.index_select(dim, positions.to(value.device))
-        return value.contiguous(memory_format=torch.preserve_format)
+        return sliced(value, cut.keep)
     if value.shape == parameter.shape:
         return value
     # Factored or low-rank moments (Adafactor, ...) have no channel of their own to slice.

@@ -7,7 +7,6 @@ noted per parameter, for :func:`nni_plugin.adapters.torch_pruning.carry_optimize
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -16,12 +15,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
-from nni_plugin.adapters.torch_pruning.graph import find_groups
-from nni_plugin.cost import call
-from nni_plugin.errors import PlanError, SurgeryError
+from nni_plugin.errors import PlanError
 from nni_plugin.groups import ChannelGroup
 from nni_plugin.plan import PruningPlan
-from nni_plugin.tensors import NORMS, shrink_sizes, tensor_of
+from nni_plugin.tensors import shrink_sizes, tensor_of
 
 
 @dataclass(frozen=True)
@@ -43,49 +40,14 @@ CUTS: WeakIdKeyDictionary = WeakIdKeyDictionary()
 """Every cut of every living parameter, oldest first: `dict[Parameter, list[Cut]]`, held weakly."""
 
 
-def apply_plan(
-    model: nn.Module,
-    plan: PruningPlan,
-    example_inputs: Any,
-    *,
-    groups: Iterable[ChannelGroup] | None = None,
-) -> nn.Module:
-    """Remove a plan's channels from a network, in place; on any error the network is unchanged.
-
-    Args:
-        model: The dense network that the plan is for.
-        plan: What to keep.
-        example_inputs: Inputs to trace the network with, and to run the smaller one on before it is accepted.
-        groups: The network's groups where they are known already; None finds them.
-
-    Returns:
-        The same object. Its attribute `pruning_plan` is the plan (composed with earlier ones).
+def check_fit(plan: PruningPlan, groups: Iterable[ChannelGroup]) -> None:
+    """Check that a plan is for the network that these groups were found on.
 
     Raises:
-        PlanError: The plan names a group that the network does not have, or of another width, or one that
-            must stay whole, or blocks.
-        SurgeryError: The smaller network does not run; the network has been put back as it was.
+        PlanError: It names a group that is not there, or of another width, or one that must stay whole, parts
+            channels that go together, or removes blocks.
     """
-    found = {group.name: group for group in (find_groups(model, example_inputs) if groups is None else groups)}
-    _check_fit(plan, found)
-    if plan.channels_removed == 0 and not any(group.factors for group in plan.groups):
-        warnings.warn("The plan removes nothing: the network stays as it is.", stacklevel=3)
-    earlier = getattr(model, "pruning_plan", None)
-    composed = plan if earlier is None else earlier.then(plan)
-    undo = cut_channels(model, plan, found.values())
-    try:
-        _run(model, example_inputs)
-    except (RuntimeError, ValueError, TypeError, IndexError, AssertionError) as error:
-        undo()
-        raise SurgeryError(
-            f"The network does not run without the channels of this plan ({type(error).__name__}: {error}). It has "
-            "been put back as it was; leave the layers named above whole with `ignore`."
-        ) from error
-    model.pruning_plan = composed  # type: ignore[assignment]
-    return model
-
-
-def _check_fit(plan: PruningPlan, found: Mapping[str, ChannelGroup]) -> None:
+    found = {group.name: group for group in groups}
     if plan.removed_blocks:
         raise PlanError(f"This version removes channels only; the plan also removes blocks {plan.removed_blocks}.")
     for entry in plan.groups:
@@ -117,7 +79,12 @@ def cut_channels(model: nn.Module, plan: PruningPlan, groups: Iterable[ChannelGr
 
     Returns:
         A function that puts everything back.
+
+    Raises:
+        PlanError: The plan does not fit; nothing is changed.
     """
+    groups = list(groups)
+    check_fit(plan, groups)
     keep = _positions_to_keep(model, plan, groups)
     factors = _factors(model, plan, groups)
     new: dict[str, Tensor] = {}
@@ -129,7 +96,7 @@ def cut_channels(model: nn.Module, plan: PruningPlan, groups: Iterable[ChannelGr
             shape = [1] * data.dim()
             shape[dim] = -1
             data = data * factor.to(data).reshape(shape)
-        new[name] = _sliced(data, keep.get(name, {}))
+        new[name] = sliced(data, keep.get(name, {}))
         cuts[name] = Cut(plan.digest, tuple(old.shape), keep.get(name, {}))
     sizes = _sizes(model, plan, groups)
     return _commit(model, new, cuts, sizes)
@@ -177,11 +144,14 @@ def _factors(model: nn.Module, plan: PruningPlan, groups: Iterable[ChannelGroup]
         channel_factor = torch.ones(group.width, dtype=torch.float64)
         channel_factor[list(entry.kept)] = torch.tensor(entry.factors, dtype=torch.float64)
         for writer in group.writers:
-            layer = None if writer.kind == "parameter" else model.get_submodule(writer.path)
-            for piece in writer.slices:
-                leaf = piece.tensor.rpartition(".")[2]
-                if isinstance(layer, NORMS) and leaf.startswith("running_"):
-                    continue
+            pieces = [p for p in writer.slices if not p.tensor.rpartition(".")[2].startswith("running_")]
+            if not pieces or any(len(p.index) != len(writer.index) for p in pieces):
+                raise PlanError(
+                    f"Group {group.name!r} has factors, but its writer {writer.path!r} has no parameter of its own for "
+                    "each channel (a normalisation without affine parameters, or a grouped transposed convolution). "
+                    "Plan without factors for this group."
+                )
+            for piece in pieces:
                 per_position = result.setdefault(piece.tensor, {}).setdefault(
                     piece.dim, torch.ones(tensor_of(model, piece.tensor).shape[piece.dim], dtype=torch.float64)
                 )
@@ -189,7 +159,8 @@ def _factors(model: nn.Module, plan: PruningPlan, groups: Iterable[ChannelGroup]
     return result
 
 
-def _sliced(data: Tensor, keep: Mapping[int, Tensor]) -> Tensor:
+def sliced(data: Tensor, keep: Mapping[int, Tensor]) -> Tensor:
+    """Return a tensor with only these positions along each dimension, in the memory format it had."""
     layout = torch.preserve_format
     if data.dim() == 4 and data.is_contiguous(memory_format=torch.channels_last) and not data.is_contiguous():
         layout = torch.channels_last
@@ -232,7 +203,7 @@ def _commit(
         gradient = tensor.grad
         _set_data(tensor, data)
         if gradient is not None:
-            tensor.grad = _sliced(gradient, cuts[name].keep)
+            tensor.grad = sliced(gradient, cuts[name].keep)
         if isinstance(tensor, nn.Parameter):
             CUTS.setdefault(tensor, []).append(cuts[name])
     for layer, values in sizes.items():
@@ -263,14 +234,3 @@ def _set_data(tensor: Tensor, data: Tensor) -> None:
     other = torch.float32 if data.dtype != torch.float32 else torch.float64
     tensor.data = torch.empty(0, dtype=other, device=data.device)
     tensor.data = data
-
-
-def _run(model: nn.Module, example_inputs: Any) -> None:
-    modes = {module: module.training for module in model.modules()}
-    try:
-        model.eval()
-        with torch.no_grad():
-            call(model, example_inputs)
-    finally:
-        for module, training in modes.items():
-            module.training = training

@@ -39,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     names: list[str] = []
     previous = signal.getsignal(signal.SIGTERM)
     with warnings.catch_warnings():
-        warnings.showwarning = _show_warning  # type: ignore[assignment]
+        warnings.showwarning = _show_warning
         try:
             signal.signal(signal.SIGTERM, _interrupt)
             arguments = build_parser().parse_args(argv)

@@ -119,7 +119,7 @@ class TaylorFO(Criterion):
                     "use gates='auto', 'weight' or 'input'."
                 )
         elif self.gates == "weight":
-            members = tuple(m for m in group.members if m.axis == "out" and m.kind in ("dense", "depthwise"))
+            members = tuple(m for m in group.members if m.axis == "out" and m.kind == "dense" and not m.beside)
         elif self.gates == "input" or not all(m.path in scorable for m in group.writers):
             members = group.readers
         else:
