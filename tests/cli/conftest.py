@@ -47,7 +47,10 @@ def command(capfd: pytest.CaptureFixture[str]) -> Callable[..., Said]:
 
     def run(*arguments: object) -> Said:
         capfd.readouterr()
-        code = main([str(argument) for argument in arguments])
+        try:
+            code = main([str(argument) for argument in arguments])
+        except SystemExit as leaving:  # --help and --print_config leave as argparse does
+            code = leaving.code or 0
         return Said(code, *capfd.readouterr())
 
     return run
@@ -56,10 +59,8 @@ def command(capfd: pytest.CaptureFixture[str]) -> Callable[..., Said]:
 @pytest.fixture(scope="session")
 def small() -> list[str]:
     """The arguments of a `prune` that takes about a second; it lacks a budget and an output folder."""
-    return (
-        "prune --library nni_plugin --model resnet20 --img-size 8 --batch-size 256 "
-        "--score-batches 2 --latency-batch-sizes 1"
-    ).split()
+    size = ["--img-size", "8", "--batch-size", "256", "--score-batches", "2", "--latency-batch-sizes", "1"]
+    return ["prune", "--library", "nni_plugin", "--model", "resnet20", *size]
 
 
 @pytest.fixture(scope="session")
