@@ -123,7 +123,7 @@ def _as_flags(text: str, names: Iterable[str]) -> str:
         flag = {"num_workers": "--workers"}.get(name, "--" + name.replace("_", "-"))
         # Not within a path, a quoted name or the text of an object such as MACs(ratio=0.5).
         word = rf"(?<![\w/.'\"-])(?<!\w\(){name}"
-        text = re.sub(rf"{word}=(?=[\w'\"])", f"{flag} ", text)
+        text = re.sub(rf"{word}=(?=[\w'\"-])", f"{flag} ", text)
         if "_" in name:
             text = re.sub(rf"{word}(?![\w/=('\"]|\.\w)", flag, text)
     return text

@@ -58,6 +58,8 @@ def run(arguments: Any, command: str) -> None:
             checkpoint=arguments.checkpoint,
             **arguments.model_kwargs,
         )
+    # Latency first: it says in plain words when the model does not take such images.
+    latencies = measure_latency(model, shape, arguments.batch_size, device=arguments.device)
     cost = count(model, torch.zeros(1, *shape))
     rows = [
         {
@@ -71,11 +73,18 @@ def run(arguments: Any, command: str) -> None:
             "dtype": latency.dtype,
             "threads": latency.threads,
         }
-        for latency in measure_latency(model, shape, arguments.batch_size, device=arguments.device)
+        for latency in latencies
     ]
-    table = Table(*rows[0])
-    for row in rows:
-        table.add_row(*(str(value) for value in row.values()))
+    first = latencies[0]
+    table = Table(
+        title=f"{cost} per image",
+        caption=f"{first.device}, {first.dtype}, threads: {first.threads}",
+    )
+    for heading in ("batch size", "median (ms)", "IQR (ms)", "images/s"):
+        table.add_column(heading, justify="right")
+    for latency in latencies:
+        times = (f"{latency.median_ms:.4g}", f"{latency.iqr_ms:.2g}", f"{latency.images_per_second:.4g}")
+        table.add_row(str(latency.batch_size), *times)
     Console().print(table)
     if arguments.output is not None:
         text = io.StringIO(newline="")
