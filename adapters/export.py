@@ -287,8 +287,7 @@ def _require(name: str) -> ModuleType:
         return importlib.import_module(name)
     except ImportError as error:
         raise ExportError(
-            f"Export to ONNX needs the package {name}, which is not installed: "
-            'pip install "nni-plugin[export]"'
+            f'Export to ONNX needs the package {name}, which is not installed: pip install "nni-plugin[export]"'
         ) from error
 
 

@@ -136,9 +136,7 @@ def identity_of(model: nn.Module) -> ModelIdentity | None:
 def _construct(library: str, name: str, kwargs: dict[str, Any], *, pretrained: bool) -> nn.Module:
     for key, value in kwargs.items():
         if key in _WEIGHT_SOURCES:
-            raise ModelError(
-                f"Argument {key!r} of model {name!r} is not taken: use pretrained= or checkpoint=."
-            )
+            raise ModelError(f"Argument {key!r} of model {name!r} is not taken: use pretrained= or checkpoint=.")
         if not _is_plain(value):
             raise ModelError(
                 f"Argument {key!r} of model {name!r} must be text, a number, a boolean, None or a list "

@@ -11,7 +11,10 @@ from typing import Any
 from nni_plugin.benchmarks import resnet101_schedule, scoring_overhead
 from nni_plugin.machine import describe_machine
 
-BENCHMARKS: dict[str, Callable[[], dict[str, Any]]] = {"scoring_overhead": scoring_overhead.run, "resnet101_schedule": resnet101_schedule.run}
+BENCHMARKS: dict[str, Callable[[], dict[str, Any]]] = {
+    "scoring_overhead": scoring_overhead.run,
+    "resnet101_schedule": resnet101_schedule.run,
+}
 
 
 def main() -> None:

@@ -284,7 +284,7 @@ class PruningPlan:
         from nni_plugin.cost import Cost
 
         try:
-            data = json.loads(text)
+            data = json.loads(text, parse_constant=_finite, parse_float=_finite)
         except (ValueError, RecursionError) as error:
             raise PlanError(f"Not a plan: the text is not JSON ({error}).") from error
         if not isinstance(data, dict) or data.get("schema_version") != SCHEMA_VERSION:
@@ -305,6 +305,13 @@ class PruningPlan:
             )
         except (KeyError, TypeError, ValueError, OverflowError, IndexError) as error:
             raise PlanError(f"Damaged plan: {type(error).__name__}: {error}.") from error
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"{text} is not a finite number")
+    return value
 
 
 def _number(value: Any) -> float:

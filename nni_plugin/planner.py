@@ -114,7 +114,7 @@ def _pass_over(
                 loss = loss_fn(model, batch)
                 if not isinstance(loss, Tensor) or loss.dim() != 0 or not loss.requires_grad:
                     raise CriterionError(
-                        f"loss_fn must return a scalar tensor that depends on trainable parameters, got {loss!r}."
+                        f"loss_fn must return a scalar tensor that depends on parameters (requires_grad), got {loss}."
                     )
                 loss.backward()
                 pruner.on_backward(float(loss.detach()))

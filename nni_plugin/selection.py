@@ -51,9 +51,7 @@ class Ranking:
             order = torch.sort(score, stable=True).indices  # removed first .. removed last
             self._orders.append(order)
             left = group.width - torch.cat([torch.zeros(1, dtype=torch.int64), sizes[order].cumsum(0)])
-            # With one unit left a grouped convolution turns into another kind of layer, which ties other channels.
-            least = max(min_channels, 2 * int(sizes.max())) if group.units < group.width else min_channels
-            self._widths.append(_rounded(left.tolist(), round_to, least))
+            self._widths.append(_rounded(left.tolist(), round_to, min_channels))
             unit_scores.append(score[order])
             owners.append(torch.full((group.units,), number))
         flat = torch.cat(unit_scores) if unit_scores else torch.zeros(0)

@@ -11,7 +11,7 @@ from torch import nn
 
 from nni_plugin.adapters.torch_pruning import find_groups
 from nni_plugin.errors import GraphError
-from nni_plugin.groups import ChannelGroup, Member, kept_from
+from nni_plugin.groups import ChannelGroup, Member
 
 
 def member(width: int, period: int | None = None, start: int = 0, channels: list[int] | None = None) -> Member:
@@ -42,11 +42,6 @@ def test_freezing_gives_another_group() -> None:
     frozen = group.freeze("because")
     assert (group.fixed, frozen.fixed, frozen.width) == (None, "because", 4)
     assert ChannelGroup.from_host(group) is group
-
-
-def test_kept_from_masks() -> None:
-    kept = kept_from({"a": torch.tensor([True, False, True]), "b": torch.tensor([False, True])})
-    assert {name: index.tolist() for name, index in kept.items()} == {"a": [0, 2], "b": [1]}
 
 
 @settings(derandomize=True, database=None, deadline=None, max_examples=60)

@@ -86,13 +86,9 @@ def _away_from_checkout(installed: Path, code: str) -> str:
 
 
 def test_every_subpackage_is_listed() -> None:
-    found = {
-        inside.rpartition("/")[0].replace("/", ".") for path, inside in _in_checkout() if path.suffix == ".py"
-    }
+    found = {inside.rpartition("/")[0].replace("/", ".") for path, inside in _in_checkout() if path.suffix == ".py"}
     listed = _declared()["options"]["packages"].split()
-    assert sorted(listed) == sorted(found), (
-        "setup.cfg, [options] packages: list each folder that holds modules"
-    )
+    assert sorted(listed) == sorted(found), "setup.cfg, [options] packages: list each folder that holds modules"
 
 
 def test_wheel_holds_the_checkout_and_nothing_else(wheel: Path) -> None:
@@ -160,12 +156,8 @@ def test_one_version_everywhere(installed: Path) -> None:
     citation = (ROOT / "CITATION.cff").read_text(encoding="utf-8")
     assert re.search(r"^version: (\S+)$", citation, re.MULTILINE).group(1) == version
     changelog = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
-    newest = re.search(
-        r"^## \[(?:Unreleased\]\s+What will be released as )?(\d+\.\d+\.\d+)", changelog, re.MULTILINE
-    )
-    assert newest is not None, (
-        "CHANGELOG.md must open with a version, or Unreleased and the version it will be"
-    )
+    newest = re.search(r"^## \[(?:Unreleased\]\s+What will be released as )?(\d+\.\d+\.\d+)", changelog, re.MULTILINE)
+    assert newest is not None, "CHANGELOG.md must open with a version, or Unreleased and the version it will be"
     assert newest.group(1) == version
 
 
@@ -182,9 +174,7 @@ def _constraints() -> dict[str, str]:
     wrong = [pin for pin in pins if not re.fullmatch(r"[A-Za-z0-9._-]+==[A-Za-z0-9.!+]+", pin)]
     assert not wrong, f"constraints.txt: expected NAME==VERSION, got {wrong}"
     assert pins == sorted(pins, key=str.upper)
-    return {
-        re.sub(r"[-_.]+", "-", name).lower(): version for name, version in (pin.split("==") for pin in pins)
-    }
+    return {re.sub(r"[-_.]+", "-", name).lower(): version for name, version in (pin.split("==") for pin in pins)}
 
 
 def test_constraints_pin_every_direct_dependency() -> None:

@@ -251,8 +251,8 @@ def failing(kind: str) -> Callable[[nn.Module, Any], Tensor]:
     [
         ("exception", Stop, "here"),
         ("nan", CriterionError, "nan"),
-        ("vector", CriterionError, r"scalar.*\(2,\)"),
-        ("constant", CriterionError, "requires_grad=False"),
+        ("vector", CriterionError, "scalar"),
+        ("constant", CriterionError, "requires_grad"),
     ],
 )
 @pytest.mark.parametrize("schedule", [OneShot(), Iterative(3, 1)])

@@ -198,9 +198,7 @@ def test_figure_of_widths_shows_the_most_cut_in_order():
 def test_history_without_two_points_gives_no_figure():
     assert plot_history([{"epoch": 1, "top1": 90.0}]) == ""
     assert plot_history([]) == ""
-    svg = plot_history(
-        [{"epoch": 1, "top1": 90.0}, {"epoch": 2, "top1": float("nan")}, {"epoch": 3, "top1": 91.0}]
-    )
+    svg = plot_history([{"epoch": 1, "top1": 90.0}, {"epoch": 2, "top1": float("nan")}, {"epoch": 3, "top1": 91.0}])
     assert svg.startswith("<svg")
     assert "kept (%)" not in svg
 

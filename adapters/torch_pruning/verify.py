@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from nni_plugin.adapters.torch_pruning.graph import find_groups
-from nni_plugin.adapters.torch_pruning.surgery import cut_channels
+from nni_plugin.adapters.torch_pruning.surgery import check_fit, cut_channels
 from nni_plugin.cost import call, tensors_in
 from nni_plugin.errors import SurgeryError
 from nni_plugin.groups import ChannelGroup
@@ -78,6 +78,7 @@ def verify(
         SurgeryError: One of the two networks gives other outputs in number or shape, or does not run.
     """
     found = list(find_groups(model_before, example_inputs) if groups is None else groups)
+    check_fit(plan, found)
     masked, compact = copy.deepcopy(model_before), copy.deepcopy(model_before)
     _fold_factors(masked, plan, found)
     mask_plan(masked, plan, found)

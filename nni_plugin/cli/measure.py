@@ -11,6 +11,7 @@ from typing import Any
 import jsonargparse
 
 from nni_plugin.cli.arguments import above, add_common, add_model, integers
+from nni_plugin.errors import ModelError
 
 DESCRIPTION = "Measure MACs, parameters, latency and throughput of a saved network, or of a model by name."
 
@@ -60,6 +61,8 @@ def run(arguments: Any, command: str) -> None:
         )
     # Latency first: it says in plain words when the model does not take such images.
     latencies = measure_latency(model, shape, arguments.batch_size, device=arguments.device)
+    if len(shape) != 3:
+        raise ModelError(f"The network takes inputs of shape {shape}; only images (C, H, W) can be measured.")
     cost = count(model, torch.zeros(1, *shape))
     rows = [
         {

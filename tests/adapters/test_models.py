@@ -54,15 +54,11 @@ def test_library_default_of_classes_is_recorded() -> None:
     identity = identity_of(model)
     assert identity is not None
     assert identity.kwargs["num_classes"] == 1000
-    assert create_model("squeezenet1_1", "torchvision", num_classes=None)(
-        torch.randn(1, 3, 64, 64)
-    ).shape == (1, 1000)
+    assert create_model("squeezenet1_1", "torchvision", num_classes=None)(torch.randn(1, 3, 64, 64)).shape == (1, 1000)
 
 
 def test_identity_of_a_users_timm_model() -> None:
-    model = timm.create_model(
-        "vit_tiny_patch16_224", num_classes=3, in_chans=1, img_size=32, patch_size=8, depth=1
-    )
+    model = timm.create_model("vit_tiny_patch16_224", num_classes=3, in_chans=1, img_size=32, patch_size=8, depth=1)
     identity = identity_of(model)
     assert identity is not None
     assert identity.library == "timm"
@@ -119,9 +115,7 @@ def test_refused_arguments(name: str, library: str, arguments: dict[str, object]
         create_model(name, library, **arguments)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize(
-    "key", ["pretrained", "weights", "weights_backbone", "checkpoint_path", "pretrained_cfg"]
-)
+@pytest.mark.parametrize("key", ["pretrained", "weights", "weights_backbone", "checkpoint_path", "pretrained_cfg"])
 @pytest.mark.parametrize("library", ["timm", "torchvision", "nni_plugin"])
 def test_an_identity_never_brings_weights(library: str, key: str) -> None:
     name = "resnet20" if library == "nni_plugin" else "resnet18"

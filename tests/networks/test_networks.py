@@ -20,9 +20,7 @@ def conv_bn(channels_in: int, channels: int, kernel: int) -> int:
     return channels_in * channels * kernel**2 + 2 * channels
 
 
-def resnet_parameters(
-    depth: int, widths: tuple[int, ...] = (16, 32, 64), in_chans: int = 3, classes: int = 10
-) -> int:
+def resnet_parameters(depth: int, widths: tuple[int, ...] = (16, 32, 64), in_chans: int = 3, classes: int = 10) -> int:
     total = conv_bn(in_chans, widths[0], 3)
     previous = widths[0]
     for width in widths:
@@ -54,9 +52,7 @@ def test_mobilenetv2_parameters() -> None:
     assert sizes == sorted(tuple(p.shape) for p in reference.parameters())
 
 
-@pytest.mark.parametrize(
-    ("name", "macs"), [("resnet20", 40.8e6), ("resnet56", 125.7e6), ("vgg19_bn", 398.1e6)]
-)
+@pytest.mark.parametrize(("name", "macs"), [("resnet20", 40.8e6), ("resnet56", 125.7e6), ("vgg19_bn", 398.1e6)])
 def test_macs_of_convolutions(name: str, macs: float) -> None:
     model = NETWORKS[name]().eval()
     counted = 0
@@ -97,9 +93,7 @@ def test_every_group_of_channels_can_be_pruned(name: str) -> None:
         ignored_layers=[classifier],
     )
     pruner.step()
-    kept = {
-        path: m.out_channels / before[path] for path, m in model.named_modules() if isinstance(m, nn.Conv2d)
-    }
+    kept = {path: m.out_channels / before[path] for path, m in model.named_modules() if isinstance(m, nn.Conv2d)}
     assert all(0.4 < share <= 0.67 for share in kept.values()), kept
     assert model(x).shape == (1, 10)
 

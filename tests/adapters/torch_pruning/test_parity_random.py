@@ -12,8 +12,9 @@ from networks_at_random import Recipe, any_plan, assert_same, networks, state_of
 from torch import nn
 
 from nni_plugin import Params, PruningPlan, count, plan_channels, verify
-from nni_plugin.adapters.torch_pruning import apply_plan, find_groups
+from nni_plugin.adapters.torch_pruning import apply_plan, find_groups, sound_groups
 from nni_plugin.criteria import TaylorFO
+from nni_plugin.errors import GraphError
 from nni_plugin.slim_cost import SlimCost
 
 SEEDS = st.integers(0, 2**16)
@@ -155,7 +156,8 @@ def case(*blocks: tuple[str, int, str], head: str) -> Recipe:
 def test_flattened_maps_of_a_concatenation(blocks: list[tuple[str, int, str]], head: str) -> None:
     recipe = case(*blocks, head=head)
     model, example = recipe.build(), recipe.inputs()
-    groups = find_groups(model, example)
+    # Torch-Pruning maps some of these wrongly; such groups are left whole, the others are right.
+    groups = sound_groups(model, find_groups(model, example), example)
     for seed in range(4):
         plan = any_plan(groups, seed)
         assert verify(model, plan, example, groups=groups).max_rel <= 1e-12
@@ -163,11 +165,8 @@ def test_flattened_maps_of_a_concatenation(blocks: list[tuple[str, int, str]], h
 
 
 @pytest.mark.parametrize("block", ["concat", "dense"])
-def test_a_prelu_with_one_parameter_before_a_concatenation(block: str) -> None:
+def test_what_the_graph_cannot_follow_is_refused(block: str) -> None:
+    """One slope for all channels hides their number from Torch-Pruning, which a concatenation needs."""
     recipe = case(("conv", 4, "prelu_one"), (block, 4, "prelu_one"), ("conv", 4, "prelu_one"), head="mean")
-    model, example = recipe.build(), recipe.inputs()
-    groups = find_groups(model, example)
-    plan = any_plan(groups, 3)
-    assert verify(model, plan, example, groups=groups).max_rel <= 1e-12
-    slim = cut(model, plan, example)
-    assert {module.num_parameters for module in slim.modules() if isinstance(module, nn.PReLU)} == {1}
+    with pytest.raises(GraphError, match="could not be traced"):
+        find_groups(recipe.build(), recipe.inputs())
