@@ -70,7 +70,12 @@ def test_each_call_builds_a_criterion_of_its_own(method):
 
 @pytest.mark.parametrize(
     ("wrong", "meant"),
-    [("tailor-fo", "taylor-fo"), ("taylor_fo", "taylor-fo"), ("tp:magnitud", "tp:magnitude"), ("TAYLOR-FO", "taylor-fo")],
+    [
+        ("tailor-fo", "taylor-fo"),
+        ("taylor_fo", "taylor-fo"),
+        ("tp:magnitud", "tp:magnitude"),
+        ("TAYLOR-FO", "taylor-fo"),
+    ],
 )
 def test_unknown_name(wrong, meant):
     with pytest.raises(CriterionError, match=f"{wrong!r}.*{meant}"):

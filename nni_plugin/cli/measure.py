@@ -59,10 +59,10 @@ def run(arguments: Any, command: str) -> None:
             checkpoint=arguments.checkpoint,
             **arguments.model_kwargs,
         )
-    # Latency first: it says in plain words when the model does not take such images.
-    latencies = measure_latency(model, shape, arguments.batch_size, device=arguments.device)
     if len(shape) != 3:
         raise ModelError(f"The network takes inputs of shape {shape}; only images (C, H, W) can be measured.")
+    # Latency first: it says in plain words when the model does not take such images.
+    latencies = measure_latency(model, shape, arguments.batch_size, device=arguments.device)
     cost = count(model, torch.zeros(1, *shape))
     rows = [
         {
