@@ -223,9 +223,10 @@ def test_output_folder_is_gone_after_a_failure_if_it_was_made(tmp_path):
     with pytest.raises(ZeroDivisionError), output_folder(tmp_path / "a" / "b"):
         raise ZeroDivisionError
     assert list(tmp_path.iterdir()) == []
-    with pytest.raises(OutputError, match="broken"), output_folder(tmp_path / "a" / "b") as folder:
-        (folder / "f").write_text("x")
-        raise OSError("broken")
+    manager = output_folder(tmp_path / "a" / "b")
+    (manager.__enter__() / "f").write_text("x")
+    with pytest.raises(OutputError, match="broken"):
+        manager.__exit__(OSError, OSError("broken"), None)
     assert _tree(tmp_path) == {"a/b/f": "x"}  # what the block wrote is its own to clear
 
 

@@ -75,6 +75,11 @@ CASES: dict[str, tuple[list[str], list[str]]] = {
         ["--library", "torchvision", "--model", "resnet18", "--in-chans", "1", *HALF],
         ["--in-chans 3", "timm"],
     ),
+    "images the model does not take": (
+        ["--library", "timm", "--model", "vit_tiny_patch16_224", *HALF],
+        ["vit_tiny_patch16_224", "8", "224"],
+    ),
+    "images too small for the model": (["--library", "torchvision", "--model", "alexnet", *HALF], ["alexnet", "8"]),
     "unknown flag": (["--foo", "1", *HALF], ["--foo", "--help"]),
     "damaged YAML": (["--config", "@/damaged.yaml", *HALF], ["config", "line 1"]),
     "unknown key in YAML": (["--config", "@/unknown.yaml", *HALF], ["'modell'"]),

@@ -14,6 +14,7 @@ TRAINED = ["--pretrain-epochs", "2", "--checkpoint-every", "2"]
 KINDS = {
     # 10 minibatches of pretraining, then 10 of fine-tuning.
     "one-shot": [*TRAINED, "--macs", "0.5", "--epochs", "2", "--mixup", "0.2", "--model-ema"],
+    "random": [*TRAINED, "--macs", "0.5", "--epochs", "1", "--method", "tp:random"],
     # 5 minibatches to train, then 20 in whose first half it is pruned.
     "iterative": [*TRAINED, "--pretrain-epochs", "1", "--macs", "0.5", "--epochs", "4", "--schedule", "iterative"],
     "continuous": [
@@ -54,6 +55,7 @@ def _same_results(output: Path, whole: Path) -> None:
         ("one-shot", "cut", 1),
         ("one-shot", "step", 15),
         ("one-shot", "result", 2),
+        ("random", "step", 13),
         ("iterative", "step", 9),
         ("iterative", "cut", 1),
         ("iterative", "step", 22),
