@@ -172,7 +172,7 @@ def test_flags_go_before_the_configuration_file(command, small, tmp_path):
 
 
 def test_unfinished_schedule_is_said_and_the_budget_is_met_all_the_same(command, small, tmp_path, request):
-    slow = ["--schedule", "continuous", "--loss-threshold", "0", "--epochs", "1"]
+    slow = ["--schedule", "continuous", "--loss-threshold", "1e-9", "--epochs", "1"]
     request.addfinalizer(lambda: signal.alarm(0))
     signal.signal(signal.SIGALRM, signal.default_int_handler)
     signal.alarm(30)  # a loop without an end is a failure, not a test that hangs
