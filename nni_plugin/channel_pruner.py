@@ -231,6 +231,7 @@ class ChannelPruner:
         self.done = bool(state["done"])
         if widths != self._dense_widths:
             self._kept = dict(state["origin"])
+            self.scorer.range = dict(state["scorer"]["range"])  # part of the plan that the network will carry
             self._remove_physically(self._relative_plan(self._kept))
         self._kept = dict(state["kept"])
         self._masks.remove(self._kept)

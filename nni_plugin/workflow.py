@@ -97,7 +97,11 @@ class Job:
 
     def settings(self) -> dict[str, Any]:
         """Return what decides the outcome, as JSON values; what a resumed run must share."""
-        values = {key: value for key, value in asdict(self).items() if key != "output"}
+        values = asdict(self)
+        for name in ("output", "latency_batch_sizes"):
+            del values[name]
+        for training in (values["pretrain"], values["finetune"]):
+            del training["checkpoint_every"]
         values["budget"] = repr(self.budget)
         settings: dict[str, Any] = json.loads(json.dumps(values, default=str))
         return settings
@@ -154,6 +158,9 @@ class _Run:
                 "The network has random weights: give --checkpoint, --pretrained or --pretrain-epochs.", stacklevel=4
             )
         self.examples = next(iter(self.splits.score))[0][:4].to(self.device)
+        # Whatever the job asks in vain shows now, not after hours of training.
+        self._schedule()
+        self._pruner("never")
 
     def run(self, command: str) -> Result:
         """Do the job and write its results."""
@@ -199,23 +206,24 @@ class _Run:
     def _prune_then_train(self) -> tuple[ChannelPruner, float, list[dict[str, float]]]:
         pruner = self._pruner("never")
         self.model.eval()
+        # A resumed run has not drawn the random numbers of the training before.
+        torch.manual_seed(self.job.seed)
+        begun = time.perf_counter()
         with unchanged(self.model):
             run_without_training(pruner, self._score_batches(), cross_entropy)
+        pruner.seconds["score"] = time.perf_counter() - begun - pruner.seconds["plan"]
         pruner.cut()
         after_cut = self._top1()
         return pruner, after_cut, self._fit(self.job.finetune, "finetune")
 
     def _prune_while_training(self) -> tuple[ChannelPruner, float, list[dict[str, float]]]:
-        steps = self.job.finetune.epochs * len(self.splits.train)
-        if steps == 0:
-            raise TrainingError("--schedule iterative and continuous prune while they train: give --epochs above 0.")
         pruner = self._pruner("end")
-        pruner.schedule = _schedule(self.job, steps, pruner.dense.channels)
+        pruner.schedule = self._schedule(pruner.dense.channels)
         watch = _Watch(pruner, self.splits.test)
         history = self._fit(self.job.finetune, "finetune", (pruner, watch))
         if not pruner.done:
             warnings.warn(
-                f"{pruner.schedule} was not over after {steps} minibatches: the rest is removed without training. "
+                f"{pruner.schedule} was not over after {self.job.finetune.epochs} epochs: the rest goes without training. "
                 "Prune more often (--prune-every), more at once (--prune-channels), or train longer.",
                 stacklevel=2,
             )
@@ -223,6 +231,19 @@ class _Run:
             run_without_training(pruner, self._score_batches(), cross_entropy)
             watch.top1 = self._top1()
         return pruner, watch.top1, history
+
+    def _schedule(self, channels: int = 1) -> Schedule:
+        """Fill in what the user left open so that pruning is over within the first half of training."""
+        job, steps = self.job, self.job.finetune.epochs * len(self.splits.train)
+        if job.schedule == "one-shot":
+            return OneShot()
+        if steps == 0:
+            raise TrainingError("--schedule iterative and continuous prune while they train: give --epochs above 0.")
+        every = job.prune_every or max(1, min(30, steps // 40))
+        number = job.prune_channels or math.ceil(channels / max(1, steps // 2 // every))
+        if job.schedule == "continuous":
+            return Continuous(number, every, loss_threshold=job.loss_threshold)
+        return Iterative(number, every)
 
     def _pruner(self, cut: Literal["end", "never"]) -> ChannelPruner:
         return ChannelPruner(
@@ -238,16 +259,21 @@ class _Run:
         )
 
     def _fit(self, config: TrainingConfig, phase: str, callbacks: tuple[Any, ...] = ()) -> list[dict[str, float]]:
-        return fit(
-            self.model,
-            self.splits,
-            config,
-            callbacks=callbacks,
-            checkpoint_dir=self.places.state,
-            resume=self.resume,
-            device=self.device,
-            phase=phase,
-        )
+        try:
+            return fit(
+                self.model,
+                self.splits,
+                config,
+                callbacks=callbacks,
+                checkpoint_dir=self.places.state,
+                resume=self.resume,
+                device=self.device,
+                phase=phase,
+            )
+        except TrainingError as error:
+            if phase == "pretrain":
+                raise TrainingError(str(error).replace("--lr", "--pretrain-lr")) from error
+            raise
 
     def _top1(self) -> float:
         return evaluate(self.model, self.splits.test, self.device)["top1"]
@@ -342,15 +368,6 @@ def cross_entropy(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
     """Return the mean cross-entropy of a classifier on a minibatch of images and labels."""
     images, labels = batch
     return F.cross_entropy(model(images), labels)
-
-
-def _schedule(job: Job, steps: int, channels: int) -> Schedule:
-    """Fill in what the user left open so that pruning is over within the first half of training."""
-    every = job.prune_every or max(1, min(30, steps // 40))
-    number = job.prune_channels or math.ceil(channels / max(1, steps // 2 // every))
-    if job.schedule == "continuous":
-        return Continuous(number, every, loss_threshold=job.loss_threshold)
-    return Iterative(number, every)
 
 
 def _asked(budget: Budget) -> tuple[float, str]:

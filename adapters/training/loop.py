@@ -176,7 +176,7 @@ class _Run:
         # The mean of all processes, so that all of them stop on a loss that is not finite.
         value = float(accelerator.reduce(loss.detach(), reduction="mean"))
         if not math.isfinite(value):
-            raise TrainingError(f"loss is {value} at step {state.step}, lower --lr; the last checkpoint is untouched")
+            raise TrainingError(f"loss is {value} at step {state.step}, lower --lr")
         accelerator.backward(loss)
         accelerator.unscale_gradients(self._optimizer)
         gradients = [p.grad for p in state.model.parameters() if p.grad is not None]
@@ -250,9 +250,7 @@ class _Run:
         state, accelerator = self._state, self._accelerator
         weights = state.model.state_dict()
         if not _finite([tensor for tensor in weights.values() if tensor.is_floating_point()]):
-            raise TrainingError(
-                f"weights are not finite at step {state.step}, lower --lr; the last checkpoint is untouched"
-            )
+            raise TrainingError(f"weights are not finite at step {state.step}, lower --lr")
         seconds = 0.0 if epoch_ended else time.perf_counter() - self._started
         content = {
             "step": state.step,

@@ -79,8 +79,12 @@ def run(arguments: Any, command: str) -> None:
     from rich.console import Console
 
     from nni_plugin.workflow import run_job
+    from nni_plugin.workspace import STATE
 
     console = Console(highlight=False)
+    if arguments.resume and (arguments.output / "metrics.json").is_file() and not (arguments.output / STATE).exists():
+        console.print(f"{arguments.output} holds a finished run: there is nothing to resume.", markup=False)
+        return
     result = run_job(
         _job(arguments),
         resume=arguments.resume,
