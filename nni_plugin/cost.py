@@ -120,7 +120,7 @@ def count_macs_by_module(model: nn.Module, example_inputs: Any) -> dict[str, int
         model.eval()
         with torch.no_grad(), counter:
             call(model, example_inputs)
-    except (RuntimeError, TypeError, ValueError, IndexError) as error:
+    except (AssertionError, IndexError, RuntimeError, TypeError, ValueError) as error:
         raise ModelError(f"The model does not run on the example inputs: {error}") from error
     finally:
         for hook in hooks:

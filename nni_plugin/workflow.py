@@ -28,7 +28,7 @@ from nni_plugin.budgets import Budget, Channels, MACs, Params
 from nni_plugin.channel_pruner import ChannelPruner
 from nni_plugin.checkpoint import save_pretrained
 from nni_plugin.cost import count
-from nni_plugin.errors import SurgeryError, TrainingError
+from nni_plugin.errors import ModelError, SurgeryError, TrainingError
 from nni_plugin.latency import measure_pair
 from nni_plugin.machine import describe_machine
 from nni_plugin.methods import create_criterion
@@ -159,8 +159,13 @@ class _Run:
             )
         self.examples = next(iter(self.splits.score))[0][:4].to(self.device)
         # Whatever the job asks in vain shows now, not after hours of training.
-        self._schedule()
-        self._pruner("never")
+        try:
+            count(self.model, self.examples)
+        except ModelError as error:
+            shape = " x ".join(str(size) for size in self.splits.input_shape)
+            raise ModelError(f"{job.model} does not take images of {shape}; choose --img-size. {error}") from error
+        pruner = self._pruner("never")
+        _schedule(job, self._steps(), pruner.dense.channels)
 
     def run(self, command: str) -> Result:
         """Do the job and write its results."""
@@ -218,12 +223,12 @@ class _Run:
 
     def _prune_while_training(self) -> tuple[ChannelPruner, float, list[dict[str, float]]]:
         pruner = self._pruner("end")
-        pruner.schedule = self._schedule(pruner.dense.channels)
+        pruner.schedule = _schedule(self.job, self._steps(), pruner.dense.channels)
         watch = _Watch(pruner, self.splits.test)
         history = self._fit(self.job.finetune, "finetune", (pruner, watch))
         if not pruner.done:
             warnings.warn(
-                f"{pruner.schedule} was not over after {self.job.finetune.epochs} epochs: the rest goes without training. "
+                f"{pruner.schedule} was not over after {self.job.finetune.epochs} epochs: the rest goes at once. "
                 "Prune more often (--prune-every), more at once (--prune-channels), or train longer.",
                 stacklevel=2,
             )
@@ -232,18 +237,8 @@ class _Run:
             watch.top1 = self._top1()
         return pruner, watch.top1, history
 
-    def _schedule(self, channels: int = 1) -> Schedule:
-        """Fill in what the user left open so that pruning is over within the first half of training."""
-        job, steps = self.job, self.job.finetune.epochs * len(self.splits.train)
-        if job.schedule == "one-shot":
-            return OneShot()
-        if steps == 0:
-            raise TrainingError("--schedule iterative and continuous prune while they train: give --epochs above 0.")
-        every = job.prune_every or max(1, min(30, steps // 40))
-        number = job.prune_channels or math.ceil(channels / max(1, steps // 2 // every))
-        if job.schedule == "continuous":
-            return Continuous(number, every, loss_threshold=job.loss_threshold)
-        return Iterative(number, every)
+    def _steps(self) -> int:
+        return self.job.finetune.epochs * len(self.splits.train)
 
     def _pruner(self, cut: Literal["end", "never"]) -> ChannelPruner:
         return ChannelPruner(
@@ -368,6 +363,19 @@ def cross_entropy(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
     """Return the mean cross-entropy of a classifier on a minibatch of images and labels."""
     images, labels = batch
     return F.cross_entropy(model(images), labels)
+
+
+def _schedule(job: Job, steps: int, channels: int) -> Schedule:
+    """Fill in what the user left open so that pruning is over within the first half of training."""
+    if job.schedule == "one-shot":
+        return OneShot()
+    if steps == 0:
+        raise TrainingError("--schedule iterative and continuous prune while they train: give --epochs above 0.")
+    every = job.prune_every or max(1, min(30, steps // 40))
+    number = job.prune_channels or math.ceil(channels / max(1, steps // 2 // every))
+    if job.schedule == "continuous":
+        return Continuous(number, every, loss_threshold=job.loss_threshold)
+    return Iterative(number, every)
 
 
 def _asked(budget: Budget) -> tuple[float, str]:
