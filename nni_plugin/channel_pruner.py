@@ -57,6 +57,8 @@ class ChannelPruner:
         min_channels: No group gets narrower.
         ignore: Layers to leave whole; the classifier always is.
         cut: When channels leave the network physically.
+        optimizer: The optimizer that trains the network, to be cut along; a training state sets it too.
+        ema: A moving average of the network, likewise.
 
     Raises:
         GraphError: The network cannot be traced, or nothing in it may be pruned.
@@ -75,6 +77,8 @@ class ChannelPruner:
         min_channels: int = 1,
         ignore: Iterable[str | nn.Module] = (),
         cut: Literal["end", "step", "never"] = "end",
+        optimizer: torch.optim.Optimizer | None = None,
+        ema: nn.Module | None = None,
     ) -> None:
         if cut not in ("end", "step", "never"):
             raise ScheduleError(f"cut must be 'end', 'step' or 'never', got {cut!r}.")
@@ -82,8 +86,8 @@ class ChannelPruner:
         self.budget, self.schedule = budget, schedule or OneShot()
         self.round_to, self.min_channels, self.cut_when = round_to, min_channels, cut
         self.scorer = Scorer(criterion)
-        self.optimizer: torch.optim.Optimizer | None = None
-        self.ema: nn.Module | None = None
+        self.optimizer, self.ema = optimizer, ema
+        self._earlier: PruningPlan | None = getattr(model, "pruning_plan", None)
         groups = find_groups(model, self._inputs(), ignore=ignore, keep_host=self.scorer.foreign)
         self._take(sound_groups(model, groups, self._inputs()))
         self.dense: Size = self._slim_cost.dense
@@ -137,6 +141,12 @@ class ChannelPruner:
             return
         if self._due():
             self._prune(self.schedule.channels)
+            if self.optimizer is None and self._origin_widths() != self._dense_widths:
+                warnings.warn(
+                    "Channels were cut without an optimizer to cut along: give ChannelPruner(optimizer=...), or call "
+                    "carry_optimizer(optimizer, model.pruning_plan) before its next step.",
+                    stacklevel=2,
+                )
         elif self._since_check >= (self.schedule.minibatches or math.inf):
             self._since_check, self._loss_sum = 0, 0.0  # checked and skipped: the window goes on growing
 
@@ -188,7 +198,9 @@ class ChannelPruner:
                 "schedule": repr(self.schedule),
                 "round_to": self.round_to,
                 "min_channels": self.min_channels,
-                "versions": {name: importlib.metadata.version(name) for name in ("nni-plugin", "torch")},
+                "versions": {
+                    name: importlib.metadata.version(name) for name in ("nni-plugin", "torch", "torch-pruning", "timm")
+                },
             },
         )
 
@@ -252,6 +264,9 @@ class ChannelPruner:
             raise GraphError(f"Nothing in {type(self.model).__name__} may be pruned. {reasons}")
         self._slim_cost = SlimCost(self.model, self._inputs(), self.groups)
         self._masks = Masks(self.model, self.groups)
+
+    def _origin_widths(self) -> dict[str, int]:
+        return {name: len(index) for name, index in self._origin.items()}
 
     def _due(self) -> bool:
         return self.schedule.due(self._since_check, self._loss_sum / max(self._since_check, 1))
@@ -324,6 +339,8 @@ class ChannelPruner:
             groups = [dataclasses.replace(group, host=hosts.get(group.name)) for group in groups]
         self._take(groups)
         self._kept = {group.name: torch.arange(group.width) for group in self.groups}
+        whole = self.plan()
+        self.model.pruning_plan = whole if self._earlier is None else self._earlier.then(whole)  # type: ignore[assignment]
 
     def _inputs(self) -> Any:
         self.example_inputs = _on_device_of(self.model, self.example_inputs)

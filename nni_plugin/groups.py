@@ -83,6 +83,8 @@ class ChannelGroup:
         members: Every axis of every layer that holds these channels, the root first.
         fixed: Why the group must keep all its channels; None when it may be pruned.
         host: The group as the dependency graph gave it, for criteria that read that form.
+        forked: Whether a writer's output is read both directly and through a carrier. Gates on the writers then
+            count the second way twice, and only the readers' side gives the channel's gate.
     """
 
     name: str
@@ -90,6 +92,7 @@ class ChannelGroup:
     members: tuple[Member, ...]
     fixed: str | None = None
     host: Any = field(default=None, repr=False)
+    forked: bool = False
 
     @property
     def writers(self) -> tuple[Member, ...]:
@@ -160,7 +163,7 @@ class ChannelGroup:
         if graph is None or len(group) == 0:
             raise GraphError("Expected a group of a built dependency graph, got one without its graph.")
         number = {int(index): i for i, index in enumerate(group[0].idxs)}
-        writers, beside = _writers(group)
+        writers, beside, forked = _writers(group)
         members = []
         for item in group:
             node = item.dep.target
@@ -177,7 +180,7 @@ class ChannelGroup:
             )
             is_out = member.axis == "out"
             members.append(replace(member, writer=is_out and node in writers, beside=is_out and node in beside))
-        return cls(name=members[0].path, width=len(number), members=tuple(members), host=group)
+        return cls(name=members[0].path, width=len(number), members=tuple(members), host=group, forked=forked)
 
 
 def narrowed(groups: Iterable[ChannelGroup], kept: Mapping[str, Tensor]) -> list[ChannelGroup]:
@@ -232,7 +235,7 @@ def narrowed(groups: Iterable[ChannelGroup], kept: Mapping[str, Tensor]) -> list
                 )
             )
         width = int(alive[group.name].sum())
-        result.append(ChannelGroup(group.name, width, tuple(members), group.fixed))
+        result.append(replace(group, width=width, members=tuple(members), host=None))
     return result
 
 
@@ -262,15 +265,15 @@ def _member(graph: Any, node: Any, axis: Axis, index: Tensor, channel: Tensor) -
     return Member(path, axis, kind, index, channel, tuple(slices), None if period is None else index % period)
 
 
-def _writers(group: Any) -> tuple[set[Any], set[Any]]:
-    """Return the nodes on whose output the gate of each channel lies, and those that only scale it."""
+def _writers(group: Any) -> tuple[set[Any], set[Any], bool]:
+    """Return the nodes on whose output the gate lies, those that only scale it, and whether the group is forked."""
     inside = {item.dep.target for item in group}
     outputs = [item.dep.target for item in group if item.dep.handler.__name__ != "prune_in_channels"]
     layers = [node for node in outputs if _is_layer(node)]
     carriers = {node for node in layers if kind_of(node.module) in ("norm", "depthwise")}
     candidates = [node for node in layers if kind_of(node.module) != "prelu"]
-    writers = {node for node in candidates if not _reached(node, inside, carriers) <= carriers}
-    writers |= {node for node in candidates if not _reached(node, inside, carriers)}
+    reached = {node: _reached(node, inside) for node in candidates}
+    writers = {node for node in candidates if not reached[node] or not reached[node] <= carriers}
     beside: set[Any] = set()
     for product in inside:
         if not _is_layer(product) and "Mul" in str(getattr(product.module, "_grad_fn", "")):
@@ -278,14 +281,15 @@ def _writers(group: Any) -> tuple[set[Any], set[Any]]:
             sides = [side for i, side in enumerate(sides) if side and side not in sides[:i]]
             if len(sides) > 1:
                 beside |= set().union(*sides) - _main_side(sides)
-    return writers - beside, beside
+    writers -= beside
+    return writers, beside, any(reached[node] & carriers for node in writers)
 
 
 def _walkable(node: Any) -> bool:
     return not _is_layer(node) or kind_of(node.module) == "prelu"
 
 
-def _reached(node: Any, inside: set[Any], carriers: set[Any]) -> set[Any]:
+def _reached(node: Any, inside: set[Any]) -> set[Any]:
     """Return the layers (and the network's ends) that a node's output reaches through operators alone."""
     found: set[Any] = set()
     stack, seen = list(node.outputs), set()

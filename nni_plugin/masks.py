@@ -38,7 +38,7 @@ class Masks:
             gone[channels] = False
             self.removed[name] = gone
         self._dead = [
-            (piece.tensor, piece.dim, index)
+            (piece.tensor, piece.dim, index.to(tensor_of(self.model, piece.tensor).device))
             for name, gone in self.removed.items()
             for piece in self.groups[name].slices
             if len(index := removed_positions(piece, gone))

@@ -203,7 +203,7 @@ class PruningPlan:
         """
         second = {group.name: group for group in later.groups}
         names = {group.name for group in self.groups}
-        groups = [group for group in later.groups if group.name not in names]
+        groups = []
         for first in self.groups:
             if first.name not in second:
                 groups.append(first)
@@ -228,6 +228,7 @@ class PruningPlan:
                     step.score_range,
                 )
             )
+        groups += [group for group in later.groups if group.name not in names]
         return replace(
             later,
             groups=tuple(groups),

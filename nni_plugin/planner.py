@@ -102,7 +102,7 @@ def run_without_training(
 def _pass_over(
     pruner: ChannelPruner, model: nn.Module, batches: Iterable[Any], loss_fn: Callable[[nn.Module, Any], Tensor]
 ) -> None:
-    one_pass = pruner.schedule.channels is None
+    one_pass, steps = pruner.schedule.channels is None, len(pruner.steps)
     total = len(batches) if isinstance(batches, Sized) else None
     with tqdm(desc="score", total=total if one_pass else None, unit="batch", delay=2, disable=None) as bar:
         while True:
@@ -119,6 +119,9 @@ def _pass_over(
                 loss.backward()
                 pruner.on_backward(float(loss.detach()))
                 pruner.on_step()
+                if len(pruner.steps) > steps:  # a window of its own for each step
+                    model.zero_grad(set_to_none=True)
+                    steps = len(pruner.steps)
                 bar.update()
                 if pruner.done:
                     return

@@ -26,11 +26,13 @@ class Scorer:
     """Gathers what a criterion needs and keeps the moving average of its scores.
 
     Args:
-        criterion: One of ours, or any stock importance of Torch-Pruning.
+        criterion: One of ours (what it has collected before is forgotten), or any stock importance of Torch-Pruning.
     """
 
     def __init__(self, criterion: Criterion | ForeignCriterion) -> None:
         self.criterion = criterion
+        if isinstance(criterion, Criterion):
+            criterion.reset()
         self.range: dict[str, tuple[float, float]] = {}
         self._average: dict[str, Tensor] = {}
         self._fresh: dict[str, Tensor] = {}
@@ -85,7 +87,10 @@ class Scorer:
             fresh, self._fresh = self._fresh, {}
         result = {}
         for group in groups:
-            score = fresh.get(group.name, torch.full((group.width,), math.inf)).double()
+            if group.name not in fresh:  # a stock importance that skips a group wants it whole
+                result[group.name] = torch.full((group.width,), math.inf, dtype=torch.float64)
+                continue
+            score = fresh[group.name].double()
             if score.shape != (group.width,) or bool(torch.isnan(score).any()):
                 raise CriterionError(
                     f"{self} gave scores of shape {tuple(score.shape)}, {int(torch.isnan(score).sum())} of them not a "

@@ -8,6 +8,7 @@ be met exactly by bisection on the number of units removed.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
@@ -24,7 +25,7 @@ class Ranking:
     Args:
         groups: The groups to choose from.
         scores: One score a channel, by group name, higher = keep, shape `[width]`; a unit scores the sum of its
-            channels. Channels with `-inf` (removed before) go first.
+            channels. Channels with `-inf` (removed before) go first; a group of `inf` stays whole.
         round_to: Widths become the nearest multiple of this, or stay whole.
         min_channels: No group gets narrower than this (or than its smallest possible width above it).
     """
@@ -51,7 +52,8 @@ class Ranking:
             order = torch.sort(score, stable=True).indices  # removed first .. removed last
             self._orders.append(order)
             left = group.width - torch.cat([torch.zeros(1, dtype=torch.int64), sizes[order].cumsum(0)])
-            self._widths.append(_rounded(left.tolist(), round_to, min_channels))
+            whole = bool((score == math.inf).all())
+            self._widths.append([0] * len(left) if whole else _rounded(left.tolist(), round_to, min_channels))
             unit_scores.append(score[order])
             owners.append(torch.full((group.units,), number))
         flat = torch.cat(unit_scores) if unit_scores else torch.zeros(0)

@@ -12,7 +12,7 @@ import math
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
@@ -28,7 +28,7 @@ from nni_plugin.budgets import Budget, Channels, MACs, Params
 from nni_plugin.channel_pruner import ChannelPruner
 from nni_plugin.checkpoint import save_pretrained
 from nni_plugin.cost import count
-from nni_plugin.errors import ModelError, SurgeryError, TrainingError
+from nni_plugin.errors import BudgetError, ModelError, TrainingError
 from nni_plugin.latency import measure_pair
 from nni_plugin.machine import describe_machine
 from nni_plugin.methods import create_criterion
@@ -166,6 +166,11 @@ class _Run:
             raise ModelError(f"{job.model} does not take images of {shape}; choose --img-size. {error}") from error
         pruner = self._pruner("never")
         _schedule(job, self._steps(), pruner.dense.channels)
+        if job.budget.value(pruner.dense) <= job.budget.limit(pruner.dense):
+            raise BudgetError(
+                f"{job.budget} is met by the dense network already ({pruner.dense.cost}, {pruner.dense.channels} "
+                "coupled channels): nothing would be removed. Ask for less."
+            )
 
     def run(self, command: str) -> Result:
         """Do the job and write its results."""
@@ -178,9 +183,8 @@ class _Run:
         prune = self._prune_then_train if self.job.schedule == "one-shot" else self._prune_while_training
         pruner, after_cut, later = prune()
         seconds = {**pruner.seconds, "finetune": time.perf_counter() - begun - sum(pruner.seconds.values())}
-        plan, parity = pruner.plan(), pruner.parity
-        if parity is None:
-            raise SurgeryError(f"{self.job.budget} is met by the dense network: nothing was removed. Ask for less.")
+        plan, parity = self._with_provenance(pruner.plan()), pruner.parity
+        assert parity is not None  # the budget is below the dense network's cost, so something was cut
         self.say(plan.explain())
         self.say(str(parity))
 
@@ -199,7 +203,7 @@ class _Run:
             "machine": describe_machine(),
         }
         results = self.places.results
-        save_pretrained(self.model, results, example_input_shape=self.splits.input_shape)
+        save_pretrained(self.model, results, plan=plan, example_input_shape=self.splits.input_shape)
         (results / "plan.json").write_text(plan.to_json() + "\n")
         (results / "metrics.json").write_text(json.dumps(metrics, indent=1) + "\n")
         offset = history[-1]["step"] if history else 0
@@ -210,16 +214,20 @@ class _Run:
 
     def _prune_then_train(self) -> tuple[ChannelPruner, float, list[dict[str, float]]]:
         pruner = self._pruner("never")
+        self._score_and_cut(pruner)
+        after_cut = self._top1()
+        return pruner, after_cut, self._fit(self.job.finetune, "finetune")
+
+    def _score_and_cut(self, pruner: ChannelPruner) -> None:
+        """Prune to the budget in one step, on the network as it is used."""
         self.model.eval()
         # A resumed run has not drawn the random numbers of the training before.
         torch.manual_seed(self.job.seed)
-        begun = time.perf_counter()
+        begun, planned = time.perf_counter(), pruner.seconds["plan"]
         with unchanged(self.model):
             run_without_training(pruner, self._score_batches(), cross_entropy)
-        pruner.seconds["score"] = time.perf_counter() - begun - pruner.seconds["plan"]
+        pruner.seconds["score"] += time.perf_counter() - begun - (pruner.seconds["plan"] - planned)
         pruner.cut()
-        after_cut = self._top1()
-        return pruner, after_cut, self._fit(self.job.finetune, "finetune")
 
     def _prune_while_training(self) -> tuple[ChannelPruner, float, list[dict[str, float]]]:
         pruner = self._pruner("end")
@@ -232,8 +240,8 @@ class _Run:
                 "Prune more often (--prune-every), more at once (--prune-channels), or train longer.",
                 stacklevel=2,
             )
-            pruner.schedule = Iterative(pruner.schedule.channels or 1, pruner.schedule.minibatches or 1)
-            run_without_training(pruner, self._score_batches(), cross_entropy)
+            pruner.schedule, pruner.cut_when = OneShot(), "never"
+            self._score_and_cut(pruner)
             watch.top1 = self._top1()
         return pruner, watch.top1, history
 
@@ -275,6 +283,11 @@ class _Run:
 
     def _score_batches(self) -> _FirstBatches:
         return _FirstBatches(self.splits.score, self.device, self.job.score_batches)
+
+    def _with_provenance(self, plan: PruningPlan) -> PruningPlan:
+        data = {"name": self.splits.name, "fingerprint": self.splits.fingerprint}
+        more = {"method": self.job.method, "seed": self.job.seed, "data": data}
+        return replace(plan, provenance={**more, **plan.provenance})
 
     def _before_after(self, dense: nn.Module, baseline: float) -> dict[str, Any]:
         sizes = self.job.latency_batch_sizes

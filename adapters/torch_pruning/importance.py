@@ -7,11 +7,23 @@ from typing import Any
 
 import torch_pruning as tp
 
+
+def _without_data(build: Callable[[], Any]) -> Callable[[], Any]:
+    """Mark an importance that reads weights only, so that no minibatch is run for it."""
+
+    def marked() -> Any:
+        importance = build()
+        importance.needs_gradients = False
+        return importance
+
+    return marked
+
+
 IMPORTANCES: dict[str, Callable[[], Any]] = {
-    "tp:magnitude": tp.importance.GroupMagnitudeImportance,
+    "tp:magnitude": _without_data(tp.importance.GroupMagnitudeImportance),
     "tp:taylor": tp.importance.GroupTaylorImportance,
-    "tp:lamp": tp.importance.LAMPImportance,
-    "tp:fpgm": tp.importance.FPGMImportance,
-    "tp:bn-scale": tp.importance.BNScaleImportance,
-    "tp:random": tp.importance.RandomImportance,
+    "tp:lamp": _without_data(tp.importance.LAMPImportance),
+    "tp:fpgm": _without_data(tp.importance.FPGMImportance),
+    "tp:bn-scale": _without_data(tp.importance.BNScaleImportance),
+    "tp:random": _without_data(tp.importance.RandomImportance),
 }

@@ -7,7 +7,7 @@ import warnings
 from torch import Tensor
 from torch.optim import Optimizer
 
-from nni_plugin.adapters.torch_pruning.surgery import CUTS, Cut, sliced
+from nni_plugin.adapters.torch_pruning.surgery import CUTS, sliced
 from nni_plugin.errors import SurgeryError
 from nni_plugin.plan import PruningPlan
 
@@ -33,27 +33,27 @@ def carry_optimizer(optimizer: Optimizer, plan: PruningPlan) -> Optimizer:
             "None of the optimizer's parameters was cut by this plan. Apply it first (plan.apply), to the network "
             "that this optimizer trains; the optimizer is unchanged."
         )
+    afresh = 0
     for parameter, cut in cuts.items():
         state = optimizer.state.get(parameter, {})
-        for key, value in state.items():
-            if isinstance(value, Tensor) and value.dim() > 0:
-                state[key] = _carried(value, cut, parameter, key)
+        if all(_follows(value, (cut.shape, tuple(parameter.shape))) for value in state.values()):
+            for key, value in state.items():
+                if isinstance(value, Tensor) and tuple(value.shape) == cut.shape:
+                    state[key] = sliced(value, cut.keep)
+        else:
+            optimizer.state.pop(parameter)
+            afresh += 1
+    if afresh:
+        warnings.warn(
+            f"{type(optimizer).__name__} keeps state that does not follow its parameters' shapes; it starts afresh for "
+            f"{afresh} of them.",
+            stacklevel=2,
+        )
     return optimizer
 
 
-def _carried(value: Tensor, cut: Cut, parameter: Tensor, key: str) -> Tensor:
-    if tuple(value.shape) == cut.shape:
-        return sliced(value, cut.keep)
-    if value.shape == parameter.shape:
-        return value
-    # Factored or low-rank moments (Adafactor, ...) have no channel of their own to slice.
-    warnings.warn(
-        f"Optimizer state {key!r} of shape {tuple(value.shape)} does not follow its parameter of shape {cut.shape}; "
-        "it starts again from zero.",
-        stacklevel=4,
-    )
-    shape = [
-        len(cut.keep[cut.shape.index(size)]) if size in cut.shape and cut.shape.index(size) in cut.keep else size
-        for size in value.shape
-    ]
-    return value.new_zeros(shape)
+def _follows(value: object, shapes: tuple[tuple[int, ...], ...]) -> bool:
+    """Tell whether an entry is a number or of its parameter's shape, before or after the cut."""
+    if isinstance(value, Tensor):
+        return value.dim() == 0 or value.numel() == 1 or tuple(value.shape) in shapes
+    return value is None or isinstance(value, (bool, int, float, str))

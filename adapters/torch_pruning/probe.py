@@ -6,12 +6,14 @@ a channel is really gone. Groups that fail are left whole, with the reason, inst
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import nn
+from tqdm import tqdm
 
 from nni_plugin.adapters.torch_pruning.verify import verify
 from nni_plugin.errors import PlanError, SurgeryError
@@ -22,25 +24,44 @@ from nni_plugin.plan import GroupPlan, PruningPlan
 def sound_groups(model: nn.Module, groups: Sequence[ChannelGroup], example_inputs: Any) -> list[ChannelGroup]:
     """Return the groups, those that cannot be cut frozen with the reason; warns of each.
 
+    Whether a group is sound depends on the network's structure, not on its weights: the copies get random
+    normalisation parameters, so that a branch that starts at zero cannot hide a wrong index.
+
     Args:
         model: The network; copied, left as it was.
         groups: Its coupled groups, as found.
         example_inputs: One tensor `[N, ...]`, or a tuple or dict of inputs.
 
     Returns:
-        The same groups in the same order. All together are tried first: two forward passes when nothing is wrong.
+        The same groups in the same order. All together are tried first: two forward passes when nothing is wrong;
+        otherwise one after the other, each beside those that have passed.
     """
     prunable = [group for group in groups if group.fixed is None]
-    if not prunable or _failure(model, prunable, groups, example_inputs) is None:
+    drawn = _randomised(model)
+    if not prunable or _failure(drawn, prunable, groups, example_inputs) is None:
         return list(groups)
-    result = []
-    for group in groups:
-        failure = None if group.fixed else _failure(model, [group], groups, example_inputs)
+    result: list[ChannelGroup] = []
+    passed: list[ChannelGroup] = []
+    for group in tqdm(groups, desc="try groups", delay=2, disable=None, leave=False):
+        failure = None if group.fixed else _failure(drawn, [*passed, group], groups, example_inputs)
         if failure is not None:
             warnings.warn(f"Group {group.name!r} is left whole: {failure}", stacklevel=4)
             group = group.freeze(failure)
+        elif group.fixed is None:
+            passed.append(group)
         result.append(group)
     return result
+
+
+def _randomised(model: nn.Module) -> nn.Module:
+    """Return a copy whose vectors (scales, biases, statistics) are drawn from 0.5 to 1.5."""
+    model = copy.deepcopy(model)
+    generator = torch.Generator().manual_seed(0)
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.dim() == 1 and tensor.is_floating_point():
+            drawn = torch.rand(tensor.shape, generator=generator) + 0.5
+            tensor.data.copy_(drawn)
+    return model
 
 
 def _failure(

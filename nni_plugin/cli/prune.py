@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import fields
+from importlib.util import find_spec
 from typing import Any
 
 import jsonargparse
@@ -75,6 +76,9 @@ def run(arguments: Any, command: str) -> None:
     Raises:
         NNIPluginError: Anything the user can mend.
     """
+    missing = [name for name in ("accelerate", "torchmetrics", "sklearn") if find_spec(name) is None]
+    if missing:
+        raise TrainingError(f'{", ".join(missing)} not installed; prune needs pip install "nni-plugin[train]"')
     # Accelerate and the training stack load only when they are needed.
     from rich.console import Console
 

@@ -116,7 +116,8 @@ class Criterion(ABC):
     def all_reduce(self) -> None:
         """Sum what every process collected, so that all hold the same scores; nothing alone."""
         if torch.distributed.is_available() and torch.distributed.is_initialized():
-            count = torch.tensor(self.minibatches)
+            on_gpu = torch.distributed.get_backend() == "nccl"
+            count = torch.tensor(self.minibatches, device="cuda" if on_gpu else "cpu")
             torch.distributed.all_reduce(count)
             self.minibatches = int(count)
 

@@ -50,7 +50,8 @@ class TaylorFO(Criterion):
         gates: Where the gate lies. `"bn"`: after the normalisations that write the channel, an error for a group
             without. `"weight"`: on the dense layers that write it, `(sum_s w_s g_s)^2`. `"input"`: on the layers
             that read it. `"auto"`: `"bn"`, the writer's own weights where it is followed by no normalisation,
-            and the readers where a normalisation has no affine parameters.
+            and the readers where a normalisation has no affine parameters or the channel is read both directly
+            and through a depthwise layer.
     """
 
     def __init__(self, gates: Gates = "auto") -> None:
@@ -76,7 +77,7 @@ class TaylorFO(Criterion):
                         terms[key] = _accumulable(member_gate(model, member))
                 squared = joint(terms, members, group.width).square()
                 before = self._sums.get(group.name)
-                self._sums[group.name] = squared if before is None else before + squared
+                self._sums[group.name] = squared if before is None else before.to(squared) + squared
             return
         for member in self._all_members(model):
             row = _accumulable(member_gate(model, member))
@@ -95,7 +96,7 @@ class TaylorFO(Criterion):
             key = (member.path, member.axis)
             if len(self._rows.get(key, ())) != self.minibatches:
                 raise CriterionError(f"Layer {member.path!r} of group {group.name!r} had no gradient to collect.")
-            rows[key] = torch.stack(self._rows[key])
+            rows[key] = torch.stack([row.to(self._rows[key][-1]) for row in self._rows[key]])
             if int(member.index.max()) >= rows[key].shape[-1]:
                 raise CriterionError(f"Layer {member.path!r} has changed since its gradients were collected.")
         return joint(rows, members, group.width).square().mean(0).cpu()
@@ -120,7 +121,7 @@ class TaylorFO(Criterion):
                 )
         elif self.gates == "weight":
             members = tuple(m for m in group.members if m.axis == "out" and m.kind == "dense" and not m.beside)
-        elif self.gates == "input" or not all(m.path in scorable for m in group.writers):
+        elif self.gates == "input" or group.forked or not all(m.path in scorable for m in group.writers):
             members = group.readers
         else:
             members = group.writers
@@ -166,7 +167,7 @@ class TaylorFO(Criterion):
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             if self._rows:
                 raise CriterionError("Pass the groups to collect() when several processes share the work.")
-            for total in self._sums.values():
+            for total in self._sums.values():  # on the device of the gradients, as the process group needs
                 torch.distributed.all_reduce(total)
 
 

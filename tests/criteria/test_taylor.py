@@ -1,6 +1,7 @@
 """TaylorFO against explicit gates: autograd through real gate tensors on every coupling; what the class promises."""
 
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import pytest
 import torch
@@ -308,6 +309,52 @@ def gate_writers(model: nn.Module, group: ChannelGroup, z: Tensor) -> list[Remov
     return [model.get_submodule(member.path).register_forward_hook(gate(member)) for member in group.writers]
 
 
+def gate_readers(model: nn.Module, group: ChannelGroup, z: torch.Tensor) -> list[Any]:
+    """Multiply what every dense layer reads of the group's channels by `z`."""
+
+    def gate(member: Member) -> Any:
+        def hook(layer: nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+            (x,) = inputs
+            dim = 1 if x.dim() == 4 else -1
+            factor = torch.ones(x.shape[dim], dtype=x.dtype).index_put((member.index,), z[member.channel])
+            return (x * (factor[:, None, None] if dim == 1 else factor),)
+
+        return hook
+
+    return [model.get_submodule(member.path).register_forward_pre_hook(gate(member)) for member in group.readers]
+
+
+class Forked(nn.Module):
+    """A stem that is read both directly and through a depthwise layer (the first block of MobileNetV3-large)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.norm = nn.Conv2d(3, 5, 3), nn.BatchNorm2d(5)
+        self.depthwise, self.norm2 = nn.Conv2d(5, 5, 3, padding=1, groups=5), nn.BatchNorm2d(5)
+        self.project, self.fc = nn.Conv2d(5, 5, 1), nn.Linear(5, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.norm(self.stem(x)).relu()
+        return self.fc((x + self.project(self.norm2(self.depthwise(x)).relu())).mean((2, 3)))
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_a_forked_group_is_scored_where_it_is_read(training: bool) -> None:
+    torch.manual_seed(0)
+    model, data = Forked().double().train(training), [(torch.randn(4, 3, 6, 6).double(), torch.arange(4) % 3)]
+    for layer in (model.norm, model.norm2):
+        nn.init.uniform_(layer.weight, 0.5, 1.5)
+        nn.init.normal_(layer.bias)
+    (group,) = [group for group in find_groups(model, data[0][0]) if group.fixed is None]
+    assert group.forked
+    z = torch.ones(group.width, dtype=torch.float64, requires_grad=True)
+    handles = gate_readers(model, group, z)
+    (expected,) = torch.autograd.grad(loss_of(model, data[0]), z)
+    for handle in handles:
+        handle.remove()
+    torch.testing.assert_close(collected(model, TaylorFO(), data, [group])(group), expected.square(), rtol=1e-9, atol=0)
+
+
 @settings(derandomize=True, database=None, deadline=None, max_examples=60)
 @given(networks())
 def test_random_networks_score_the_gates_of_their_writers(recipe: Recipe) -> None:
@@ -318,7 +365,7 @@ def test_random_networks_score_the_gates_of_their_writers(recipe: Recipe) -> Non
     criterion = collected(model, TaylorFO(), data, groups)
     for group in groups:
         z = torch.ones(group.width, dtype=torch.float64, requires_grad=True)
-        handles = gate_writers(model, group, z)
+        handles = gate_readers(model, group, z) if group.forked else gate_writers(model, group, z)
         expected = torch.stack([torch.autograd.grad(loss_of(model, b), z)[0].square() for b in data]).mean(0)
         for handle in handles:
             handle.remove()

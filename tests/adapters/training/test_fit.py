@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import os
+import subprocess
 import sys
 from typing import Any
 
@@ -230,10 +232,18 @@ def _shrinking_process(path: str) -> None:
 
 
 def test_two_processes_agree_while_the_model_shrinks(tmp_path: Any) -> None:
-    from accelerate import debug_launcher
-
-    debug_launcher(_shrinking_process, (str(tmp_path),), num_processes=2)
+    # Fresh processes: a fork of one in which autograd has run may hang or fail.
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", __file__]
+    search = os.pathsep.join(path for path in sys.path if path)
+    done = subprocess.run(
+        [*command, str(tmp_path)], env={**os.environ, "PYTHONPATH": search}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
     a, b = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
     assert a["hidden.weight"].shape == (6, 128)
     parameters = [name for name, _ in tiny().named_parameters()]
     assert all(torch.equal(a[name], b[name]) for name in parameters)
+
+
+if __name__ == "__main__":
+    _shrinking_process(sys.argv[1])
