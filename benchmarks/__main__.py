@@ -8,11 +8,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from nni_plugin.benchmarks import resnet101_schedule, scoring_overhead
+from nni_plugin.benchmarks import fashion_mnist, resnet101_schedule, scoring_overhead
 from nni_plugin.machine import describe_machine
 
 BENCHMARKS: dict[str, Callable[[], dict[str, Any]]] = {
     "scoring_overhead": scoring_overhead.run,
+    "fashion_mnist": fashion_mnist.run,
     "resnet101_schedule": resnet101_schedule.run,
 }
 
