@@ -480,3 +480,36 @@ def test_a_group_that_an_importance_skips_stays_whole() -> None:
     plan = pruner.plan()
     assert [len(kept) for kept in plan.kept().values()] == [2, 1, 9]
     assert PruningPlan.from_json(plan.to_json()).digest == plan.digest
+
+
+# -- what the network carries -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("cut", ["end", "step"])
+def test_the_network_carries_the_plan_with_its_provenance(cut: str) -> None:
+    model = network()
+    optimizer = sgd(model)
+    pruner = ChannelPruner(
+        model,
+        X,
+        TaylorFO(),
+        Channels(12),
+        schedule=Iterative(4, 1),
+        cut=cut,  # type: ignore[arg-type]
+        optimizer=optimizer,
+    )
+    train(model, pruner, optimizer, 0, 5)
+    assert pruner.done
+    assert model.pruning_plan == pruner.plan()
+    assert "TaylorFO" in model.pruning_plan.provenance["criterion"]  # type: ignore[union-attr, operator]
+
+
+def test_a_cut_without_an_optimizer_says_so() -> None:
+    model = network()
+    pruner = ChannelPruner(model, X, TaylorFO(), Channels(12), schedule=Iterative(100, 1))
+    x, y = batch(0)
+    loss = nn.functional.cross_entropy(model(x), y)
+    loss.backward()
+    pruner.on_backward(float(loss.detach()))
+    with pytest.warns(UserWarning, match="carry_optimizer"):
+        pruner.on_step()

@@ -403,3 +403,28 @@ def test_the_criterion_itself_is_callable_by_a_stock_pruner() -> None:
         model, X, importance=criterion, global_pruning=True, pruning_ratio=0.3, ignored_layers=[model[-1]]
     ).step()
     assert model(X).shape == (2, 3)
+
+
+def test_a_group_that_a_stock_importance_skips_stays_whole() -> None:
+    model = residual()
+    magnitude = tp.importance.MagnitudeImportance()
+    groups = [group for group in find_groups(model, X) if group.fixed is None]
+    skipped = groups[0].name
+
+    def importance(group: Any) -> Tensor | None:
+        return None if group[0].dep.layer is model.get_submodule(skipped) else magnitude(group)
+
+    most = sum(group.width for group in groups)
+    plan = plan_channels(model, X, importance, batches(), loss_fn, Channels(most - 4))
+    assert len(plan.kept()[skipped]) == groups[0].width
+    assert plan.channels_removed == 4
+
+
+def test_what_a_criterion_has_seen_before_does_not_count() -> None:
+    used, fresh = TaylorFO(), TaylorFO()
+    other = randomise(residual(), 7)
+    with used.collect(other):
+        loss_fn(other, batches()[0]).backward()
+        used.update()
+    plans = [plan_channels(residual(), X, c, batches(), loss_fn, Channels(9)) for c in (used, fresh)]
+    assert plans[0] == plans[1]

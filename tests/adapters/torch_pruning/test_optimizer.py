@@ -183,3 +183,15 @@ def test_a_plan_of_nothing_needs_no_carrying() -> None:
     with pytest.warns(UserWarning, match="removes nothing"):
         apply_plan(model, nothing, X)
     assert carry_optimizer(optimizer, nothing) is optimizer
+
+
+def test_factored_state_starts_afresh_and_says_so() -> None:
+    """Adafactor keeps row and column means, which no channel of their own can be cut from."""
+    model = network()
+    optimizer = Adafactor(model.parameters(), lr=0.01)
+    steps(model, optimizer)
+    apply_plan(model, PLAN, X)
+    with pytest.warns(UserWarning, match="Adafactor.*afresh"):
+        carry_optimizer(optimizer, PLAN)
+    steps(model, optimizer)
+    assert all(bool(torch.isfinite(parameter).all()) for parameter in model.parameters())
