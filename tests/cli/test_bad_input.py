@@ -50,7 +50,7 @@ CASES: dict[str, tuple[list[str], list[str]]] = {
     "two budgets": ([*HALF, "--params", "0.5"], ["one budget", "got --macs and --params"]),
     "budget out of reach": (["--macs", "0.0001"], ["remain", "of the dense network"]),
     "budget out of reach by rounding": (["--round-to", "1000", *HALF], ["--round-to"]),
-    "nothing to remove": (["--macs", "1.0"], ["nothing was removed"]),
+    "nothing to remove": (["--macs", "1.0"], ["nothing would be removed"]),
     "negative epochs": (["--epochs", "-1", *HALF], ["--epochs", "at least 0"]),
     "batch of zero": (["--batch-size", "0", *HALF], ["--batch-size", "at least 1"]),
     "batch of 2.5": (["--batch-size", "2.5", *HALF], ["--batch-size", "integer"]),
