@@ -30,7 +30,7 @@ $(STAMP): setup.cfg pyproject.toml constraints.txt
 demo: install  ## Train ResNet-20 on digits, prune it to half its MACs, write out/demo/report.html
 	$(BIN)/nni-plugin prune --library nni_plugin --model resnet20 --dataset digits \
 		--method taylor-fo --macs 0.5 --schedule iterative --batch-size 64 \
-		--pretrain-epochs 12 --epochs 14 --output out/demo
+		--pretrain-epochs 10 --epochs 10 --output out/demo
 
 # One thread a worker: two workers with two threads each would fight over two cores.
 test: install lint types  ## Lint, types, doctests and tests
