@@ -23,7 +23,7 @@ from nni_plugin.schedules import Iterative
 STEPS, CHANNELS, PAPER_MINIBATCHES = 100, 100, 30
 
 
-def run(minibatches: int = 1, batch_size: int = 16, size: int = 64) -> dict[str, Any]:
+def run(minibatches: int = 2, batch_size: int = 16, size: int = 64) -> dict[str, Any]:
     """Run the schedule; returns seconds and the pruner's share of the whole (0.03 = 3 %).
 
     Args:
