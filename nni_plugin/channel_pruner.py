@@ -87,6 +87,7 @@ class ChannelPruner:
         self.round_to, self.min_channels, self.cut_when = round_to, min_channels, cut
         self.scorer = Scorer(criterion)
         self.optimizer, self.ema = optimizer, ema
+        self._state: Any = None
         self._earlier: PruningPlan | None = getattr(model, "pruning_plan", None)
         groups = find_groups(model, self._inputs(), ignore=ignore, keep_host=self.scorer.foreign)
         self._take(sound_groups(model, groups, self._inputs()))
@@ -106,15 +107,23 @@ class ChannelPruner:
 
     # -- what a training loop calls ---------------------------------------------------------------------
 
-    def on_train_begin(self, state: Any) -> None:
-        """Take the optimizer and the moving average from a training state, to cut them along."""
-        self.optimizer, self.ema = state.optimizer, state.ema
+    @property
+    def needs_graph(self) -> bool:
+        """Whether the criterion needs `loss.backward(create_graph=True)`."""
+        return self.scorer.needs_graph and not self.done
 
-    def on_backward(self, loss: float) -> None:
+    def on_train_begin(self, state: Any) -> None:
+        """Take the optimizer and the moving average from a training state, to cut them along; start watching."""
+        self.optimizer, self.ema, self._state = state.optimizer, state.ema, state
+        self.open()
+
+    def on_backward(self, loss: float, batch: Any = None, *, loss_scale: float = 1.0) -> None:
         """Take in a minibatch: gradients are there (unscaled), nothing is clipped or stepped yet.
 
         Args:
             loss: The minibatch's training loss.
+            batch: The minibatch, for a criterion that runs the network on it (the Oracle).
+            loss_scale: What the loss was multiplied with for the backward pass, by a gradient scaler.
 
         Raises:
             CriterionError: The loss is not finite, or a layer lacks the gradients to score it.
@@ -126,7 +135,9 @@ class ChannelPruner:
                 self._loss_sum += loss
                 self._since_check += 1
                 self._window += 1
-                self.scorer.update(self.model, self.groups, due=self._due())
+                batch = getattr(self._state, "batch", batch)
+                loss_scale = getattr(self._state, "loss_scale", loss_scale)
+                self.scorer.update(self.model, self.groups, due=self._due(), batch=batch, loss_scale=loss_scale)
             self._masks.zero_grads()
 
     def on_step(self) -> None:
@@ -172,9 +183,23 @@ class ChannelPruner:
             self._prune(None)
         return self.plan()
 
+    def open(self) -> None:
+        """Start watching the network, before its first forward pass; `close()` ends it."""
+        if not self.done:
+            self.scorer.open(self.model, self.groups)
+
     def close(self) -> None:
-        """Stop collecting; whatever was put on the network leaves it."""
+        """Stop watching; whatever was put on the network leaves it."""
         self.scorer.close()
+
+    def __enter__(self) -> ChannelPruner:
+        """Start watching the network."""
+        self.open()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Stop watching."""
+        self.close()
 
     # -- what it knows ----------------------------------------------------------------------------------
 
@@ -251,6 +276,8 @@ class ChannelPruner:
         self._since_check, self._window, self._loss_sum = state["since"]
         self.steps, self.seconds = [dict(step) for step in state["steps"]], dict(state["seconds"])
         self.parity = None if state["parity"] is None else Parity(**state["parity"])
+        self.close()
+        self.open()  # on the groups as they are now, before the open window's sums come back
         self.scorer.load_state_dict(state["scorer"])
 
     # -- how it works -----------------------------------------------------------------------------------
@@ -303,6 +330,7 @@ class ChannelPruner:
                 )
         if self.cut_when == "step" or (self.cut_when == "end" and self.done):
             self.cut()
+        self.open()
 
     def _exact(self, ranking: Ranking, kept: dict[str, Tensor]) -> dict[str, Tensor]:
         """Count on the slim network; where arithmetic was off, search again by counting."""

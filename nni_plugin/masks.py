@@ -29,7 +29,7 @@ class Masks:
         self.model = model
         self.groups = {group.name: group for group in groups}
         self.removed: dict[str, Tensor] = {}
-        self._dead: list[tuple[str, int, Tensor]] = []
+        self._dead: list[tuple[nn.Parameter, int, Tensor]] = []
 
     def remove(self, kept: Mapping[str, Tensor]) -> None:
         """Set which channels remain, by group name, as index tensors; groups not named stay as they are."""
@@ -37,26 +37,27 @@ class Masks:
             gone = torch.ones(self.groups[name].width, dtype=torch.bool)
             gone[channels] = False
             self.removed[name] = gone
+        # Parameters, not names: they keep their identity, and hundreds of lookups a minibatch would show.
         self._dead = [
-            (piece.tensor, piece.dim, index.to(tensor_of(self.model, piece.tensor).device))
+            (tensor, piece.dim, index.to(tensor.device))
             for name, gone in self.removed.items()
+            if bool(gone.any())
             for piece in self.groups[name].slices
-            if len(index := removed_positions(piece, gone))
+            if isinstance(tensor := tensor_of(self.model, piece.tensor), nn.Parameter)
+            and len(index := removed_positions(piece, gone))
         ]
 
     @torch.no_grad()
     def zero_weights(self) -> None:
         """Put the weights of removed channels back to zero; call it after every optimizer step."""
-        for name, dim, index in self._dead:
-            tensor = tensor_of(self.model, name)
-            if isinstance(tensor, nn.Parameter):
-                tensor.index_fill_(dim, index.to(tensor.device), 0)
+        for parameter, dim, index in self._dead:
+            parameter.index_fill_(dim, index.to(parameter.device), 0)
 
     @torch.no_grad()
     def zero_grads(self) -> None:
         """Zero the gradients of removed channels; call it before gradients are clipped."""
-        for name, dim, index in self._dead:
-            gradient = tensor_of(self.model, name).grad
+        for parameter, dim, index in self._dead:
+            gradient = parameter.grad
             if gradient is not None:
                 gradient.index_fill_(dim, index.to(gradient.device), 0)
 

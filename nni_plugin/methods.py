@@ -6,13 +6,16 @@ import difflib
 from collections.abc import Callable
 from typing import Any
 
-from nni_plugin.criteria import Criterion, TaylorFO
+from nni_plugin.criteria import Criterion, TaylorFG, TaylorFisher, TaylorFO
 from nni_plugin.errors import CriterionError
 
 METHODS: dict[str, Callable[[], Criterion]] = {
     "taylor-fo": TaylorFO,
-    "taylor-fo-weight": lambda: TaylorFO("weight"),
+    "taylor-fo-weight": lambda: TaylorFO("weight", "square-then-sum"),
+    "taylor-fo-weight-sum": lambda: TaylorFO("weight"),
     "taylor-fo-input": lambda: TaylorFO("input"),
+    "taylor-fg": TaylorFG,
+    "taylor-fisher": TaylorFisher,
 }
 """Our own criteria."""
 

@@ -95,7 +95,9 @@ def run_without_training(
             "OneShot, or call the pruner from a training loop."
         )
     if pruner.scorer.needs_gradients and not pruner.done:
-        _pass_over(pruner, pruner.model, batches, loss_fn)
+        with pruner:
+            _pass_over(pruner, pruner.model, batches, loss_fn)
+            return pruner.finish()
     return pruner.finish()
 
 
@@ -116,8 +118,8 @@ def _pass_over(
                     raise CriterionError(
                         f"loss_fn must return a scalar tensor that depends on parameters (requires_grad), got {loss}."
                     )
-                loss.backward()
-                pruner.on_backward(float(loss.detach()))
+                loss.backward(create_graph=pruner.needs_graph)
+                pruner.on_backward(float(loss.detach()), batch)
                 pruner.on_step()
                 if len(pruner.steps) > steps:  # a window of its own for each step
                     model.zero_grad(set_to_none=True)

@@ -47,15 +47,34 @@ class Scorer:
     @property
     def needs_gradients(self) -> bool:
         """Whether minibatches must run before scores are asked for."""
-        return getattr(self.criterion, "needs_gradients", True)
+        if isinstance(self.criterion, Criterion):
+            return self.criterion.needs_data
+        return bool(getattr(self.criterion, "needs_gradients", True))
 
-    def update(self, model: nn.Module, groups: Sequence[ChannelGroup], *, due: bool) -> None:
+    @property
+    def needs_graph(self) -> bool:
+        """Whether backward passes must be `loss.backward(create_graph=True)`."""
+        return isinstance(self.criterion, Criterion) and self.criterion.needs_graph
+
+    def open(self, model: nn.Module, groups: Sequence[ChannelGroup]) -> None:
+        """Start watching, before the forward pass of the first minibatch; nothing when watching already."""
+        if isinstance(self.criterion, Criterion) and not self._collecting:
+            self._stack.enter_context(self.criterion.collect(model, groups))
+            self._collecting = True
+
+    def update(
+        self,
+        model: nn.Module,
+        groups: Sequence[ChannelGroup],
+        *,
+        due: bool,
+        batch: Any = None,
+        loss_scale: float = 1.0,
+    ) -> None:
         """Take in one minibatch after its backward pass; `due` says that scores will be asked for next."""
         if isinstance(self.criterion, Criterion):
-            if not self._collecting:
-                self._stack.enter_context(self.criterion.collect(model, groups))
-                self._collecting = True
-            self.criterion.update()
+            self.open(model, groups)
+            self.criterion.update(batch, loss_scale=loss_scale)
         elif due:
             self.read(groups)
 
@@ -79,6 +98,7 @@ class Scorer:
         Raises:
             CriterionError: A score is not a number, or of the wrong shape.
         """
+        self.close()  # whoever copies the network now finds no hook on it
         if isinstance(self.criterion, Criterion):
             self.criterion.all_reduce()
             fresh = {group.name: self.criterion(group) for group in groups}

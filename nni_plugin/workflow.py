@@ -233,7 +233,8 @@ class _Run:
         pruner = self._pruner("end")
         pruner.schedule = _schedule(self.job, self._steps(), pruner.dense.channels)
         watch = _Watch(pruner, self.splits.test)
-        history = self._fit(self.job.finetune, "finetune", (pruner, watch))
+        with pruner:
+            history = self._fit(self.job.finetune, "finetune", (pruner, watch))
         if not pruner.done:
             warnings.warn(
                 f"{pruner.schedule} was not over after {self.job.finetune.epochs} epochs: the rest goes at once. "

@@ -34,6 +34,8 @@ def _in_checkout() -> Iterator[tuple[Path, str]]:
     """Every file that belongs to the package, with the path it must have in the wheel."""
     for folder, inside in FOLDERS.items():
         for path in sorted((ROOT / folder).rglob("*")):
+            if ROOT / "benchmarks" / "results" in path.parents:  # what was measured on one machine stays here
+                continue
             if path.is_file() and "__pycache__" not in path.parts and not path.name.startswith("."):
                 yield path, f"{inside}/{path.relative_to(ROOT / folder).as_posix()}"
 

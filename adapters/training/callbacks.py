@@ -23,6 +23,8 @@ class TrainingState:
         step: Minibatches finished since the start of the run.
         epoch: Epochs finished since the start of the run.
         total_steps: Minibatches of the whole run.
+        batch: The minibatch at work, `(images, targets)` as the loss sees them.
+        loss_scale: What the gradient scaler multiplied the loss of this minibatch with; 1 without one.
     """
 
     model: nn.Module
@@ -32,10 +34,15 @@ class TrainingState:
     step: int
     epoch: int
     total_steps: int
+    batch: Any = None
+    loss_scale: float = 1.0
 
 
 class Callback:
     """Base class of what follows a training run; every method does nothing until overridden."""
+
+    needs_graph = False
+    """Whether gradients must be differentiable again (`backward(create_graph=True)`)."""
 
     def on_train_begin(self, state: TrainingState) -> None:
         """Called once before the first minibatch; on a resumed run, before `load_state_dict`.

@@ -177,7 +177,12 @@ class _Run:
         value = float(accelerator.reduce(loss.detach(), reduction="mean"))
         if not math.isfinite(value):
             raise TrainingError(f"loss is {value} at step {state.step}, lower --lr")
-        accelerator.backward(loss)
+        state.batch = (images, target)
+        state.loss_scale = 1.0 if accelerator.scaler is None else accelerator.scaler.get_scale()
+        if any(getattr(callback, "needs_graph", False) for callback in self._callbacks):
+            accelerator.backward(loss, create_graph=True)
+        else:
+            accelerator.backward(loss)
         accelerator.unscale_gradients(self._optimizer)
         gradients = [p.grad for p in state.model.parameters() if p.grad is not None]
         skipped = accelerator.scaler is not None and not _finite(gradients)

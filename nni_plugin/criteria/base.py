@@ -30,7 +30,18 @@ class Criterion(ABC):
     needs_gradients = True
     """Whether a backward pass must precede `update()`."""
 
+    needs_graph = False
+    """Whether that pass must be `loss.backward(create_graph=True)`."""
+
+    needs_batch = False
+    """Whether `update` must be given the minibatch."""
+
+    needs_data = True
+    """Whether any minibatch must be seen at all."""
+
     def __init__(self) -> None:
+        self.loss_scale = 1.0
+        self._batch: Any = None
         self._model: nn.Module | None = None
         self._groups: tuple[ChannelGroup, ...] = ()
         self.reset()
@@ -61,8 +72,13 @@ class Criterion(ABC):
         finally:
             self._model, self._groups = None, ()
 
-    def update(self) -> None:
+    def update(self, batch: Any = None, *, loss_scale: float = 1.0) -> None:
         """Take in one minibatch: call it after the backward pass and before the optimizer's step.
+
+        Args:
+            batch: The minibatch, for a criterion that runs the network on it itself (`needs_batch`).
+            loss_scale: What the loss was multiplied with for `backward()`, as a gradient scaler does. Gradients of
+                parameters must be unscaled by now; those that hooks saw are divided by it.
 
         Raises:
             CriterionError: Outside `collect`, or the minibatch left nothing to read.
@@ -71,7 +87,13 @@ class Criterion(ABC):
             raise CriterionError(
                 f"{type(self).__name__}.update() belongs inside `with criterion.collect(model):`, after backward()."
             )
-        self._gather(self._model)
+        if self.needs_batch and batch is None:
+            raise CriterionError(f"{type(self).__name__} runs the network itself: call update(batch).")
+        self.loss_scale, self._batch = loss_scale, batch
+        try:
+            self._gather(self._model)
+        finally:
+            self._batch = None
         self.minibatches += 1
 
     def __call__(self, group: Any) -> Tensor:
@@ -87,7 +109,7 @@ class Criterion(ABC):
             CriterionError: No data was collected, a layer lacks what is needed, or a score is not finite.
         """
         group = ChannelGroup.from_host(group)
-        if self.needs_gradients and self.minibatches == 0:
+        if self.needs_data and self.minibatches == 0:
             raise CriterionError(
                 f"{type(self).__name__} has seen no minibatch: run some inside `with criterion.collect(model):`, "
                 "calling criterion.update() after each backward()."
@@ -116,10 +138,15 @@ class Criterion(ABC):
     def all_reduce(self) -> None:
         """Sum what every process collected, so that all hold the same scores; nothing alone."""
         if torch.distributed.is_available() and torch.distributed.is_initialized():
-            on_gpu = torch.distributed.get_backend() == "nccl"
-            count = torch.tensor(self.minibatches, device="cuda" if on_gpu else "cpu")
-            torch.distributed.all_reduce(count)
-            self.minibatches = int(count)
+            self.minibatches = self._summed(self.minibatches)
+
+    @staticmethod
+    def _summed(number: int) -> int:
+        """Return a number summed over all processes."""
+        on_gpu = torch.distributed.get_backend() == "nccl"
+        total = torch.tensor(number, device="cuda" if on_gpu else "cpu")
+        torch.distributed.all_reduce(total)
+        return int(total)
 
     @abstractmethod
     def _gather(self, model: nn.Module) -> None:

@@ -13,73 +13,72 @@ Cost: one multiplication a parameter that is read.
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from nni_plugin.errors import CriterionError
 from nni_plugin.groups import Member
-from nni_plugin.tensors import Place, places_of
+from nni_plugin.tensors import Place, places_of, tensor_of
 
 
-def norm_gate(layer: nn.Module, path: str = "") -> Tensor:
-    """Return `gamma dgamma + beta dbeta` of a normalisation layer, shape `[C]`.
+def member_gates(model: nn.Module, members: Sequence[Member], *, squared: bool = False) -> list[Tensor]:
+    """Return the gate gradients at members of groups, for every position of each one's axis.
+
+    Args:
+        model: The network, with gradients.
+        members: What to read.
+        squared: Square each `w dE/dw` before the sum over a channel's weights instead of after it.
 
     Raises:
-        CriterionError: The layer has no affine parameters, or they have no gradient.
+        CriterionError: A parameter has no gradient.
     """
-    terms = [_product(layer, place.tensor, path) for place in places_of(layer, "out") if not _is_statistic(place)]
-    if not terms:
-        raise CriterionError(f"{path!r} is a normalisation without affine parameters: it has no gate to score.")
-    return torch.stack(terms).sum(0)
+    pairs: list[tuple[Tensor, Tensor]] = []
+    places: list[tuple[int, Tensor, nn.Module | None, Place]] = []
+    for i, member in enumerate(members):
+        for parameter, layer, place in _read(model, member):
+            if parameter.grad is None:
+                raise _no_gradient(f"{member.path}.{place.tensor}" if layer is not None else member.path)
+            pairs.append((parameter.detach(), parameter.grad.detach()))
+            places.append((i, parameter, layer, place))
+    if not pairs:
+        return []
+    products = _products(pairs)
+    if squared:
+        products = [product.square() for product in products]
+    gates: list[Tensor | None] = [None] * len(members)
+    for (i, _, layer, place), product in zip(places, products, strict=True):
+        term = _per_channel(product, layer, place)
+        before = gates[i]
+        gates[i] = term if before is None else before + term
+    return [gate for gate in gates if gate is not None]
 
 
-def writer_gate(layer: nn.Module, path: str = "") -> Tensor:
-    """Return `sum_s w_s g_s + b g_b` over the weights that write each output channel, shape `[out]`.
-
-    Before a normalisation in train mode this is zero by scale invariance: score the normalisation instead.
-    """
-    total: Tensor | None = None
-    for place in places_of(layer, "out"):
-        term = _per_channel(_product(layer, place.tensor, path), layer, place)
-        total = term if total is None else total + term
-    assert total is not None
-    return total
-
-
-def reader_gate(layer: nn.Module, path: str = "") -> Tensor:
-    """Return `sum w g` over the weights that read each input channel, shape `[in]`."""
-    (place,) = places_of(layer, "in")
-    return _per_channel(_product(layer, place.tensor, path), layer, place)
-
-
-def parameter_gate(parameter: Tensor, dim: int, path: str = "") -> Tensor:
-    """Return `sum p g` of a bare parameter over all dimensions but one, shape `[size of dim]`."""
-    if parameter.grad is None:
-        raise _no_gradient(path)
-    return _sum_but(parameter.detach() * parameter.grad.detach(), dim)
-
-
-def member_gate(model: nn.Module, member: Member) -> Tensor:
-    """Return the gate gradient at one member of a group, for every position of its axis."""
+def _read(model: nn.Module, member: Member) -> Iterator[tuple[Tensor, nn.Module | None, Place]]:
+    """Yield the parameters that make up a member's gate."""
     if member.kind == "parameter":
         (piece,) = member.slices
-        path, _, leaf = member.path.rpartition(".")
-        return parameter_gate(getattr(model.get_submodule(path), leaf), piece.dim, member.path)
+        yield tensor_of(model, member.path), None, Place(member.path, piece.dim)
+        return
     layer = model.get_submodule(member.path)
-    if member.axis == "in":
-        return reader_gate(layer, member.path)
-    return norm_gate(layer, member.path) if member.kind == "norm" else writer_gate(layer, member.path)
+    places = [place for place in places_of(layer, member.axis) if not place.tensor.startswith("running_")]
+    if not places:
+        raise CriterionError(f"{member.path!r} is a {type(layer).__name__} without parameters: it has no gate to score.")
+    for place in places:
+        yield getattr(layer, place.tensor), layer, place
 
 
-def _product(layer: nn.Module, name: str, path: str) -> Tensor:
-    parameter: Tensor = getattr(layer, name)
-    if parameter.grad is None:
-        raise _no_gradient(f"{path}.{name}" if path else name)
-    return parameter.detach() * parameter.grad.detach()
+def _products(pairs: Sequence[tuple[Tensor, Tensor]]) -> list[Tensor]:
+    """Multiply many parameters with their gradients: one call where device and dtype are one."""
+    first = pairs[0][0]
+    if all(p.device == first.device and p.dtype == first.dtype == g.dtype for p, g in pairs):
+        return list(torch._foreach_mul([p for p, _ in pairs], [g for _, g in pairs]))
+    return [p * g for p, g in pairs]
 
 
-def _per_channel(product: Tensor, layer: nn.Module, place: Place) -> Tensor:
+def _per_channel(product: Tensor, layer: nn.Module | None, place: Place) -> Tensor:
     if place.period is None:
         return _sum_but(product, place.dim)
     # A grouped convolution folds this axis: each of its groups has `period` channels of its own.
@@ -92,10 +91,6 @@ def _per_channel(product: Tensor, layer: nn.Module, place: Place) -> Tensor:
 def _sum_but(product: Tensor, dim: int) -> Tensor:
     summed: Tensor = product.movedim(dim, 0).flatten(1).sum(1) if product.dim() > 1 else product
     return summed
-
-
-def _is_statistic(place: Place) -> bool:
-    return place.tensor.startswith("running_")
 
 
 def _no_gradient(path: str) -> CriterionError:

@@ -4,8 +4,36 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from nni_plugin.criteria.first_order import norm_gate, parameter_gate, reader_gate, writer_gate
+from nni_plugin.criteria.first_order import member_gates
 from nni_plugin.errors import CriterionError
+from nni_plugin.groups import Member, Slice
+from nni_plugin.tensors import kind_of
+
+NONE = torch.empty(0, dtype=torch.int64)
+
+
+def gate_of(layer: nn.Module, path: str, axis: str) -> Tensor:
+    holder = nn.ModuleDict({path: layer}) if path else layer
+    (gate,) = member_gates(holder, [Member(path, axis, kind_of(layer), NONE, NONE, ())])  # type: ignore[arg-type]
+    return gate
+
+
+def norm_gate(layer: nn.Module, path: str = "") -> Tensor:
+    return gate_of(layer, path, "out")
+
+
+writer_gate = norm_gate
+
+
+def reader_gate(layer: nn.Module, path: str = "") -> Tensor:
+    return gate_of(layer, path, "in")
+
+
+def parameter_gate(parameter: nn.Parameter, dim: int, path: str = "scale") -> Tensor:
+    holder = nn.ParameterDict({path: parameter})
+    member = Member(path, "out", "parameter", NONE, NONE, (Slice(path, dim, NONE, NONE),))
+    (gate,) = member_gates(holder, [member])
+    return gate
 
 
 def drawn(layer: nn.Module) -> nn.Module:
@@ -124,7 +152,7 @@ def test_bare_parameter() -> None:
 def test_what_is_missing_is_named() -> None:
     with pytest.raises(CriterionError, match=r"'stem\.weight' has no gradient"):
         writer_gate(nn.Conv2d(3, 4, 1), "stem")
-    with pytest.raises(CriterionError, match="'bn' is a normalisation without affine"):
+    with pytest.raises(CriterionError, match="'bn' is a BatchNorm2d without parameters"):
         norm_gate(nn.BatchNorm2d(4, affine=False), "bn")
     conv = nn.Conv2d(6, 8, 3).double()
     conv.bias.requires_grad_(False)

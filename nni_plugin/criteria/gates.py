@@ -1,0 +1,95 @@
+"""The joint gates of many groups as one flat vector.
+
+Sums over coupled layers are one `index_add`, whatever the number of groups: with hundreds of layers, a Python
+loop over groups would cost more than the arithmetic, and criteria that need all gates together (the Fisher
+matrix of Optimal Brain Surgeon) get them side by side.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+from nni_plugin.groups import ChannelGroup, Member
+from nni_plugin.tensors import Axis
+
+
+class GateLayout:
+    """Where each channel of each group lies in a flat vector, and which layers' terms make it up.
+
+    Args:
+        chosen: Each group with the members on which its gate lies.
+
+    Attributes:
+        members: The layers to read, each `(path, axis)` once.
+        size: Number of gates, over all groups.
+    """
+
+    def __init__(self, chosen: Iterable[tuple[ChannelGroup, Sequence[Member]]]) -> None:
+        self.members: list[Member] = []
+        self._slices: dict[str, slice] = {}
+        number: dict[tuple[str, Axis], int] = {}
+        self._parts: list[tuple[int, Tensor, Tensor]] = []  # layer, positions on its axis, flat gates
+        self.size = 0
+        for group, members in chosen:
+            for member in members:
+                key = (member.path, member.axis)
+                if key not in number:
+                    number[key] = len(self.members)
+                    self.members.append(member)
+                self._parts.append((number[key], member.index, member.channel + self.size))
+            self._slices[group.name] = slice(self.size, self.size + group.width)
+            self.size += group.width
+        self._index: tuple[Tensor, Tensor] | None = None
+
+    def __eq__(self, other: object) -> bool:
+        """Tell whether two layouts put the same groups in the same places."""
+        return isinstance(other, GateLayout) and self._slices == other._slices
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __contains__(self, name: object) -> bool:
+        """Tell whether a group of this name has its gates here."""
+        return name in self._slices
+
+    def joint(self, terms: Sequence[Tensor]) -> Tensor:
+        """Sum what each layer contributes to the gates of its groups.
+
+        Args:
+            terms: For each of `members` its gate gradients, shape `[..., positions]`, on one device.
+
+        Returns:
+            `dE/dz` of all gates, shape `[..., size]`.
+        """
+        position, gate = self._flat_index(terms)
+        flat = torch.cat(list(terms), dim=-1)
+        total = flat.new_zeros(*flat.shape[:-1], self.size)
+        return total.index_add_(-1, gate, flat.index_select(-1, position))
+
+    def of(self, name: str, flat: Tensor) -> Tensor:
+        """Return the part of a flat vector `[..., size]` that belongs to a group, `[..., width]`."""
+        return flat[..., self._slices[name]]
+
+    def split(self, flat: Tensor) -> dict[str, Tensor]:
+        """Return a flat vector `[..., size]` by group."""
+        return {name: flat[..., part] for name, part in self._slices.items()}
+
+    def _flat_index(self, terms: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """Return the positions in the concatenated terms, and the gate that each adds to."""
+        if self._index is None:
+            start = [0]
+            for term in terms:
+                start.append(start[-1] + term.shape[-1])
+            position = torch.cat([index + start[layer] for layer, index, _ in self._parts])
+            gate = torch.cat([gates for _, _, gates in self._parts])
+            self._index = position, gate
+        position, gate = (index.to(terms[0].device) for index in self._index)
+        self._index = position, gate
+        return position, gate
+
+
+def accumulable(term: Tensor) -> Tensor:
+    """Return a term in float32 where it came in half precision, for sums over positions and minibatches."""
+    return term.float() if term.dtype in (torch.float16, torch.bfloat16) else term
