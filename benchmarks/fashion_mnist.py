@@ -10,9 +10,12 @@ import json
 import os
 import subprocess
 import sys
-import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from nni_plugin.benchmarks.grid import Grid
 
 DATA_DIR = Path(os.environ.get("FASHION_MNIST", "/usr/share/datasets/fashion-mnist"))
 """Folder of the four files; the environment variable `FASHION_MNIST` names another."""
@@ -27,14 +30,34 @@ SETTINGS = (
 )
 
 
-def run() -> dict[str, Any]:
-    """Run the three; returns the command and the content of `metrics.json` of each."""
+def run(networks: Sequence[str] = tuple(NETWORKS), folder: Path = Path("out/fashion_mnist")) -> dict[str, Any]:
+    """Run those that have not been run; returns the command and the content of `metrics.json` of each.
+
+    Args:
+        networks: Names in `NETWORKS`.
+        folder: For one file a network, so that a killed benchmark goes on.
+    """
     results = {}
-    for name, network in NETWORKS.items():
-        command = f"prune {network} {SETTINGS}"
-        with tempfile.TemporaryDirectory() as folder:
-            program = Path(sys.executable).with_name("nni-plugin")
-            subprocess.run([program, *command.split(), "--data-dir", DATA_DIR, "--output", folder], check=True)
-            metrics = json.loads((Path(folder) / "metrics.json").read_text())
-        results[name] = {"command": f"nni-plugin {command} --data-dir D --output O", "metrics": metrics}
+    for name in networks:
+        command = f"prune {NETWORKS[name]} {SETTINGS}"
+        results[name] = {
+            "command": f"nni-plugin {command} --data-dir D --output O",
+            "metrics": Grid(folder, {"command": command}).run(name, _Prune(command)),
+        }
     return {"networks": results}
+
+
+@dataclass(frozen=True)
+class _Prune:
+    """The work of one network."""
+
+    command: str
+
+    def __call__(self, state: Path) -> dict[str, Any]:
+        program, output = Path(sys.executable).with_name("nni-plugin"), state / "output"
+        options = ["--data-dir", DATA_DIR, "--output", output]
+        if output.exists():
+            options.append("--resume")
+        subprocess.run([program, *self.command.split(), *options], check=True)
+        metrics: dict[str, Any] = json.loads((output / "metrics.json").read_text())
+        return metrics

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import importlib.metadata
 import math
 import time
 import warnings
@@ -31,16 +30,20 @@ from nni_plugin.adapters.torch_pruning import (
     verify,
 )
 from nni_plugin.budgets import Budget, Size
+from nni_plugin.compensation import fold_factors
 from nni_plugin.cost import count
 from nni_plugin.criteria.base import Criterion
 from nni_plugin.errors import CriterionError, GraphError, ScheduleError, SurgeryError
 from nni_plugin.groups import ChannelGroup, narrowed
+from nni_plugin.live_plan import LivePlan
 from nni_plugin.masks import Masks
-from nni_plugin.plan import GroupPlan, PruningPlan
+from nni_plugin.plan import PruningPlan
 from nni_plugin.schedules import OneShot, Schedule
 from nni_plugin.scorer import ForeignCriterion, Scorer
 from nni_plugin.selection import Ranking, solve
 from nni_plugin.slim_cost import SlimCost
+
+Selection = Literal["all", "skip-only", "no-skip"]
 
 
 class ChannelPruner:
@@ -56,6 +59,11 @@ class ChannelPruner:
         round_to: Widths become multiples of this (the nearest), or stay whole.
         min_channels: No group gets narrower.
         ignore: Layers to leave whole; the classifier always is.
+        select: Which groups may be pruned: `"all"`, those that residual additions couple across blocks
+            (`"skip-only"`), or the others (`"no-skip"`).
+        cost_aware: Rank by loss per unit of what the budget counts instead of loss per channel; None: as the
+            criterion wants it.
+        divide_by_blocks: Divide the score of a residual group by the number of blocks that share its gate.
         cut: When channels leave the network physically.
         optimizer: The optimizer that trains the network, to be cut along; a training state sets it too.
         ema: A moving average of the network, likewise.
@@ -76,30 +84,34 @@ class ChannelPruner:
         round_to: int = 1,
         min_channels: int = 1,
         ignore: Iterable[str | nn.Module] = (),
+        select: Selection = "all",
+        cost_aware: bool | None = None,
+        divide_by_blocks: bool = False,
         cut: Literal["end", "step", "never"] = "end",
         optimizer: torch.optim.Optimizer | None = None,
         ema: nn.Module | None = None,
     ) -> None:
         if cut not in ("end", "step", "never"):
             raise ScheduleError(f"cut must be 'end', 'step' or 'never', got {cut!r}.")
+        if select not in ("all", "skip-only", "no-skip"):
+            raise GraphError(f"select must be 'all', 'skip-only' or 'no-skip', got {select!r}.")
         self.model, self.example_inputs = model, example_inputs
         self.budget, self.schedule = budget, schedule or OneShot()
         self.round_to, self.min_channels, self.cut_when = round_to, min_channels, cut
         self.scorer = Scorer(criterion)
+        self.select, self.divide_by_blocks = select, divide_by_blocks
+        self.cost_aware = self.scorer.cost_aware if cost_aware is None else cost_aware
         self.optimizer, self.ema = optimizer, ema
         self._state: Any = None
         self._earlier: PruningPlan | None = getattr(model, "pruning_plan", None)
         groups = find_groups(model, self._inputs(), ignore=ignore, keep_host=self.scorer.foreign)
         self._take(sound_groups(model, groups, self._inputs()))
         self.dense: Size = self._slim_cost.dense
-        self._dense_widths = {group.name: group.width for group in self.groups}
-        self._origin = {group.name: torch.arange(group.width) for group in self.groups}
-        self._kept = dict(self._origin)
+        self.live = LivePlan(self.groups)
         self._since_check, self._window, self._loss_sum = 0, 0, 0.0
         self._counted: Size | None = None
         self.done = False
         self.parity: Parity | None = None
-        self.steps: list[dict[str, float]] = []
         self.seconds = {"score": 0.0, "plan": 0.0, "surgery": 0.0}
         # Reachable at all? How narrow the network can get does not depend on the scores.
         level = {group.name: torch.zeros(group.width) for group in self.groups}
@@ -151,8 +163,8 @@ class ChannelPruner:
         if self.done:
             return
         if self._due():
-            self._prune(self.schedule.channels)
-            if self.optimizer is None and self._origin_widths() != self._dense_widths:
+            self.step()
+            if self.optimizer is None and self.live.is_cut:
                 warnings.warn(
                     "Channels were cut without an optimizer to cut along: give ChannelPruner(optimizer=...), or call "
                     "carry_optimizer(optimizer, model.pruning_plan) before its next step.",
@@ -167,6 +179,10 @@ class ChannelPruner:
         metrics["kept"] = size.channels / self.dense.channels
         metrics["macs_ratio"] = size.cost.macs / self.dense.cost.macs
 
+    def step(self) -> None:
+        """Take the schedule's next step now, with what has been collected since the last."""
+        self._prune(final=self.schedule.channels is None and len(self.steps) + 1 >= (self.schedule.steps or 1))
+
     def finish(self) -> PruningPlan:
         """Go to the budget now, with what has been collected, if the schedule has not got there; return the plan.
 
@@ -174,13 +190,14 @@ class ChannelPruner:
             ScheduleError: Nothing has been collected since the last step.
         """
         if not self.done:
-            if self._window == 0 and self.scorer.needs_gradients:
+            if self._window == 0 and self.scorer.needs_data:
                 raise ScheduleError(
                     "No minibatch has run since the last pruning step, so there is nothing to rank by: run some, or "
                     "shorten the schedule (fewer minibatches or more channels a step)."
                 )
+            self.open()  # a criterion without data reads this network's weights
             self.scorer.read(self.groups)
-            self._prune(None)
+            self._prune(final=True)
         return self.plan()
 
     def open(self) -> None:
@@ -205,29 +222,26 @@ class ChannelPruner:
 
     def size(self) -> Size:
         """Return the size of the network without the channels removed so far."""
-        return self._counted or self._slim_cost.predict(self._kept)
+        return self._counted or self._slim_cost.predict(self.live.kept)
+
+    @property
+    def steps(self) -> list[dict[str, float]]:
+        """One record a pruning step: sizes, the loss before, the predicted change."""
+        return self.live.steps
 
     def plan(self) -> PruningPlan:
         """Return the plan so far, on the dense network."""
-        return PruningPlan(
-            groups=tuple(
-                self._entry(name, width, self._origin[name][self._kept[name]])
-                for name, width in self._dense_widths.items()
-            ),
-            model=getattr(self.model, "nni_plugin_identity", None),
-            cost_before=self.dense.cost,
-            cost_after=self.size().cost,
-            provenance={
-                "criterion": str(self.scorer),
-                "budget": repr(self.budget),
-                "schedule": repr(self.schedule),
-                "round_to": self.round_to,
-                "min_channels": self.min_channels,
-                "versions": {
-                    name: importlib.metadata.version(name) for name in ("nni-plugin", "torch", "torch-pruning", "timm")
-                },
-            },
-        )
+        asked = {
+            "criterion": str(self.scorer),
+            "budget": repr(self.budget),
+            "schedule": repr(self.schedule),
+            "round_to": self.round_to,
+            "min_channels": self.min_channels,
+            "select": self.select,
+            "cost_aware": self.cost_aware,
+        }
+        identity = getattr(self.model, "nni_plugin_identity", None)
+        return self.live.whole(self.scorer.range, self.dense, self.size(), identity, asked)
 
     def cut(self) -> None:
         """Remove the channels chosen so far from the network, its optimizer and its moving average.
@@ -236,7 +250,7 @@ class ChannelPruner:
             SurgeryError: The compact network would not compute what the masked one does; nothing is cut.
         """
         with self._timed("surgery"):
-            plan = self._relative_plan(self._kept)
+            plan = self.live.relative()
             if plan.channels_removed:
                 self.parity = verify(self.model, plan, self._inputs(), groups=self._all_groups)
                 if not self.parity.ok:
@@ -246,11 +260,9 @@ class ChannelPruner:
     def state_dict(self) -> dict[str, Any]:
         """Return everything needed to go on, as nested dicts of tensors and numbers."""
         return {
-            "origin": dict(self._origin),
-            "kept": dict(self._kept),
+            "live": self.live.state_dict(),
             "since": [self._since_check, self._window, self._loss_sum],
             "done": self.done,
-            "steps": [dict(step) for step in self.steps],
             "seconds": dict(self.seconds),
             "parity": None if self.parity is None else dataclasses.asdict(self.parity),
             "scorer": self.scorer.state_dict(),
@@ -262,19 +274,18 @@ class ChannelPruner:
         Raises:
             ScheduleError: The state is of another network.
         """
-        widths = {name: len(index) for name, index in state["origin"].items()}
-        if widths.keys() != self._dense_widths.keys() or any(widths[n] > w for n, w in self._dense_widths.items()):
-            raise ScheduleError("The saved pruning state is of another network; start again without resuming.")
-        self.done = bool(state["done"])
-        if widths != self._dense_widths:
-            self._kept = dict(state["origin"])
+        live = state["live"]
+        self.live.check(live)
+        self.done, self.seconds = bool(state["done"]), dict(state["seconds"])
+        self.live.steps = [dict(step) for step in live["steps"]]
+        if {name: len(index) for name, index in live["origin"].items()} != self.live.dense_widths:
+            self.live.kept = dict(live["origin"])
             self.scorer.range = dict(state["scorer"]["range"])  # part of the plan that the network will carry
-            self._remove_physically(self._relative_plan(self._kept))
-        self._kept = dict(state["kept"])
-        self._masks.remove(self._kept)
+            self._remove_physically(self.live.relative())
+        self.live.load_state_dict(live)  # the factors have been folded into the saved weights
+        self._masks.remove(self.live.kept)
         self._masks.zero_weights()
         self._since_check, self._window, self._loss_sum = state["since"]
-        self.steps, self.seconds = [dict(step) for step in state["steps"]], dict(state["seconds"])
         self.parity = None if state["parity"] is None else Parity(**state["parity"])
         self.close()
         self.open()  # on the groups as they are now, before the open window's sums come back
@@ -284,6 +295,13 @@ class ChannelPruner:
 
     def _take(self, groups: list[ChannelGroup]) -> None:
         """Work on these groups from now on."""
+        if self.select != "all":
+            groups = [
+                group
+                if group.fixed or group.residual == (self.select == "skip-only")
+                else group.freeze(f"select={self.select!r} leaves it whole")
+                for group in groups
+            ]
         self._all_groups = groups
         self.groups = [group for group in groups if group.fixed is None]
         if not self.groups:
@@ -292,35 +310,35 @@ class ChannelPruner:
         self._slim_cost = SlimCost(self.model, self._inputs(), self.groups)
         self._masks = Masks(self.model, self.groups)
 
-    def _origin_widths(self) -> dict[str, int]:
-        return {name: len(index) for name, index in self._origin.items()}
-
     def _due(self) -> bool:
         return self.schedule.due(self._since_check, self._loss_sum / max(self._since_check, 1))
 
     def _ranking(self, scores: Mapping[str, Tensor]) -> Ranking:
+        if self.divide_by_blocks:
+            scores = {group.name: scores[group.name] / group.blocks for group in self.groups}
         return Ranking(self.groups, scores, round_to=self.round_to, min_channels=self.min_channels)
 
-    def _prune(self, channels: int | None) -> None:
-        """Take one step of so many channels, or all the way to the budget (None)."""
+    def _prune(self, *, final: bool) -> None:
+        """Take one step of the schedule, or go all the way to the budget."""
         with self._timed("plan"):
-            ranking = self._ranking(self.scorer.scores(self.groups, self._kept, self.schedule.momentum))
+            costs = self._costs() if self.cost_aware else None
+            mean_loss = self._loss_sum / max(self._since_check, 1)
+            ranking = self._ranking(self.scorer.scores(self.groups, self.live.kept, self.schedule.momentum, costs))
             last, kept = solve(ranking, self.budget, self.dense, self._slim_cost.predict)
-            units = None
-            if channels is not None:
-                asked = self._slim_cost.predict(self._kept).channels - channels
-                units = ranking.fewest(lambda k: sum(len(index) for index in k.values()) <= asked)
+            units = None if final else self._partial(ranking)
             if units is not None and units < last:
                 kept = ranking.kept(units)
             else:
                 kept = self._exact(ranking, kept)
                 self.done = True
-            self._kept = kept
+            said = self.scorer.conclude(self.live.kept, kept)
+            self.live.kept = kept
+            self._compensate(said.factors)
             self._masks.remove(kept)
             self._masks.zero_weights()
             self._since_check, self._window, self._loss_sum = 0, 0, 0.0
             size = self.size()
-            self.steps.append({"channels": size.channels, "macs": size.cost.macs, "params": size.cost.params})
+            self.live.record(size, mean_loss if self.scorer.needs_data else None, said.predicted_loss_change)
         if self.done:
             self.close()
             if size.channels == self.dense.channels:
@@ -332,6 +350,33 @@ class ChannelPruner:
             self.cut()
         self.open()
 
+    def _partial(self, ranking: Ranking) -> int | None:
+        """Return how many units go in a step that is not the last."""
+        now = self._slim_cost.predict(self.live.kept)
+        if self.schedule.channels is not None:
+            asked = now.channels - self.schedule.channels
+            return ranking.fewest(lambda kept: sum(len(index) for index in kept.values()) <= asked)
+        assert self.schedule.steps is not None
+        value, limit = self.budget.value(now), self.budget.limit(self.dense)
+        part = value - (value - limit) / (self.schedule.steps - len(self.steps))
+        return ranking.fewest(lambda kept: self.budget.value(self._slim_cost.predict(kept)) <= part)
+
+    def _costs(self) -> dict[str, float]:
+        """Return what removing one more channel of each group saves, in units of the budget."""
+        whole = self.budget.value(self._slim_cost.predict(self.live.kept))
+        costs = {}
+        for group in self.groups:
+            fewer = {**self.live.kept, group.name: self.live.kept[group.name][:-1]}
+            costs[group.name] = float(whole - self.budget.value(self._slim_cost.predict(fewer)))
+        return costs
+
+    def _compensate(self, factors: Mapping[str, Tensor]) -> None:
+        """Fold what the gates that stay have become into the network and its average."""
+        moved = self.live.multiply(factors)
+        for network in (self.model, self.ema):
+            if network is not None and moved:
+                fold_factors(network, self.groups, moved)
+
     def _exact(self, ranking: Ranking, kept: dict[str, Tensor]) -> dict[str, Tensor]:
         """Count on the slim network; where arithmetic was off, search again by counting."""
         self._counted = self._count(kept)
@@ -342,15 +387,8 @@ class ChannelPruner:
 
     def _count(self, kept: Mapping[str, Tensor]) -> Size:
         slim = copy.deepcopy(self.model)
-        cut_channels(slim, self._relative_plan(kept), self._all_groups)
+        cut_channels(slim, self.live.relative(kept), self._all_groups)
         return Size(count(slim, self._inputs()), sum(len(index) for index in kept.values()))
-
-    def _relative_plan(self, kept: Mapping[str, Tensor]) -> PruningPlan:
-        """Return the plan on the network as it is now."""
-        return PruningPlan(tuple(self._entry(group.name, group.width, kept[group.name]) for group in self.groups))
-
-    def _entry(self, name: str, width: int, kept: Tensor) -> GroupPlan:
-        return GroupPlan(name, width, tuple(kept.tolist()), score_range=self.scorer.range.get(name))
 
     def _remove_physically(self, plan: PruningPlan) -> None:
         if plan.channels_removed:
@@ -359,14 +397,14 @@ class ChannelPruner:
                 carry_optimizer(self.optimizer, plan)
             if self.ema is not None:
                 cut_channels(self.ema, plan, self._all_groups)
-        self._origin = {name: self._origin[name][index] for name, index in self._kept.items()}
-        self.scorer.narrow(self._kept)
-        groups = narrowed(self._all_groups, self._kept)
+        kept = self.live.kept
+        self.scorer.narrow(kept)
+        groups = narrowed(self._all_groups, kept)
+        self.live.narrow()
         if self.scorer.foreign and not self.done:
             hosts = {group.name: group.host for group in find_groups(self.model, self._inputs(), keep_host=True)}
             groups = [dataclasses.replace(group, host=hosts.get(group.name)) for group in groups]
         self._take(groups)
-        self._kept = {group.name: torch.arange(group.width) for group in self.groups}
         whole = self.plan()
         self.model.pruning_plan = whole if self._earlier is None else self._earlier.then(whole)  # type: ignore[assignment]
 

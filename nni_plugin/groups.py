@@ -59,7 +59,8 @@ class Member:
         slices: The same, tensor by tensor.
         ties: For each position the label of those that must go together, or None.
         writer: Whether the channel's gate lies on this member's output.
-        beside: Whether it only scales the gated signal (the last layer of a squeeze-excite branch).
+        beside: Whether it only scales the gated signal (the last layer of a squeeze-excite branch, and a
+            normalisation behind it).
     """
 
     path: str
@@ -138,6 +139,37 @@ class ChannelGroup:
     def units(self) -> int:
         """Number of units of removal."""
         return int(self.unit.max()) + 1
+
+    @property
+    def residual(self) -> bool:
+        """Whether an addition couples the channels of several layers, as the skip connections of a stage do.
+
+        Molchanov et al., CVPR 2019, prune either only these channels, or all but these, or both. Told by the layers:
+        some channel is written by more than one dense layer (an embedding is one). Concatenated layers write
+        channels of their own, and factors of a product are not counted. A layer that is called in several places on
+        channels it has written itself counts as an addition would.
+        """
+        return self._summands > 1
+
+    @property
+    def blocks(self) -> int:
+        """Number of blocks that share a channel through additions, at least 1: the most on one channel.
+
+        One dense layer begins the sum and each block adds to it, so it is one less than the dense layers that write
+        the channel. By it the score of a gate that a whole stage shares may be divided (Molchanov et al., CVPR 2019;
+        3, 4, 6 and 3 in ResNet-50).
+        """
+        return max(1, self._summands - 1)
+
+    @cached_property
+    def _summands(self) -> int:
+        """The largest number of dense layers that write one channel."""
+        writers: dict[int, set[str]] = {}
+        for member in self.members:
+            if member.axis == "out" and member.kind in ("dense", "embedding") and not member.beside:
+                for channel in member.channel.tolist():
+                    writers.setdefault(channel, set()).add(member.path)
+        return max(map(len, writers.values()), default=0)
 
     def freeze(self, reason: str) -> ChannelGroup:
         """Return the same group, not to be pruned for the given reason."""
@@ -282,6 +314,9 @@ def _writers(group: Any) -> tuple[set[Any], set[Any], bool]:
             if len(sides) > 1:
                 beside |= set().union(*sides) - _main_side(sides)
     writers -= beside
+    # What only reaches such a factor is part of it: the layer before a normalisation that ends the branch.
+    while part := {n for n in candidates if n not in writers | beside and reached[n] and reached[n] <= beside}:
+        beside |= part
     return writers, beside, any(reached[node] & carriers for node in writers)
 
 

@@ -6,7 +6,21 @@ import difflib
 from collections.abc import Callable
 from typing import Any
 
-from nni_plugin.criteria import Criterion, TaylorFG, TaylorFisher, TaylorFO
+from nni_plugin.criteria import (
+    OBD,
+    OBS,
+    BNScale,
+    Criterion,
+    FeatureMap,
+    GeometricMedian,
+    Magnitude,
+    Oracle,
+    Random,
+    TaylorFG,
+    TaylorFisher,
+    TaylorFO,
+    TaylorSO,
+)
 from nni_plugin.errors import CriterionError
 
 METHODS: dict[str, Callable[[], Criterion]] = {
@@ -16,20 +30,43 @@ METHODS: dict[str, Callable[[], Criterion]] = {
     "taylor-fo-input": lambda: TaylorFO("input"),
     "taylor-fg": TaylorFG,
     "taylor-fisher": TaylorFisher,
+    "taylor-so": TaylorSO,
+    "taylor-so-row": lambda: TaylorSO(hessian="row"),
+    "obd": OBD,
+    "feature-map": FeatureMap,
+    "obs": OBS,
+    "magnitude": Magnitude,
+    "bn-scale": BNScale,
+    "geometric-median": GeometricMedian,
+    "random": Random,
+    "oracle": Oracle,
 }
 """Our own criteria."""
 
 
-def create_criterion(method: str) -> Any:
-    """Build the criterion of a method; names beginning with `tp:` are Torch-Pruning's own importances.
+def known_methods() -> dict[str, Callable[[], Any]]:
+    """Return every method by name: ours, then those of Torch-Pruning and of NNI."""
+    from nni_plugin.adapters.nni.importance import IMPORTANCES as OF_NNI
+    from nni_plugin.adapters.torch_pruning.importance import IMPORTANCES as OF_TORCH_PRUNING
+
+    return {**METHODS, **OF_TORCH_PRUNING, **OF_NNI}
+
+
+def create_criterion(method: str, seed: int = 0) -> Any:
+    """Build the criterion of a method.
+
+    Args:
+        method: One of `METHODS`, `tp:...` for an importance of Torch-Pruning, `nni:...` for a criterion of NNI.
+        seed: Of criteria that draw random numbers.
 
     Raises:
-        CriterionError: There is no such method; the text has the closest names.
+        CriterionError: There is no such method (the text has the closest names), or its library is not installed.
     """
-    from nni_plugin.adapters.torch_pruning.importance import IMPORTANCES
-
-    known: dict[str, Callable[[], Any]] = {**METHODS, **IMPORTANCES}
+    known = known_methods()
     if method not in known:
         close = difflib.get_close_matches(method, known, n=3) or sorted(known)
         raise CriterionError(f"Unknown method {method!r}; did you mean {', '.join(close)}?")
-    return known[method]()
+    criterion = known[method]()
+    if hasattr(criterion, "seed"):
+        criterion.seed = seed
+    return criterion

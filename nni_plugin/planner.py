@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator, Sized
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,12 +12,14 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from nni_plugin.budgets import Budget
-from nni_plugin.channel_pruner import ChannelPruner
+from nni_plugin.channel_pruner import ChannelPruner, Selection
+from nni_plugin.compensation import reestimate_batchnorm
 from nni_plugin.criteria.base import Criterion
 from nni_plugin.errors import CriterionError, ScheduleError
+from nni_plugin.groups import ChannelGroup
 from nni_plugin.plan import PruningPlan
-from nni_plugin.schedules import Continuous, OneShot, Schedule
-from nni_plugin.scorer import ForeignCriterion
+from nni_plugin.schedules import Continuous, Gradual, OneShot, Schedule
+from nni_plugin.scorer import ForeignCriterion, Scorer
 
 
 def plan_channels(
@@ -32,6 +34,10 @@ def plan_channels(
     round_to: int = 1,
     min_channels: int = 1,
     ignore: Iterable[str | nn.Module] = (),
+    select: Selection = "all",
+    cost_aware: bool | None = None,
+    divide_by_blocks: bool = False,
+    reestimate: bool = False,
 ) -> PruningPlan:
     """Choose the channels to keep so that a network meets a budget.
 
@@ -48,6 +54,11 @@ def plan_channels(
         round_to: Widths become multiples of this (the nearest), or stay whole.
         min_channels: No group gets narrower.
         ignore: Layers to leave whole, as modules or names; the classifier always is.
+        select: Which groups may be pruned: `"all"`, `"skip-only"` (coupled across blocks by additions), `"no-skip"`.
+        cost_aware: Rank by loss per unit of what the budget counts; None: as the criterion wants it.
+        divide_by_blocks: Divide the score of a residual group by the number of blocks that share its gate.
+        reestimate: Estimate the statistics of batch normalisations anew after each step of a schedule. A plan
+            holds no statistics: call `reestimate_batchnorm` on the pruned network as well.
 
     Returns:
         The plan; `plan.explain()` shows it, `plan.apply(model, example_inputs)` does it.
@@ -67,16 +78,20 @@ def plan_channels(
             round_to=round_to,
             min_channels=min_channels,
             ignore=ignore,
+            select=select,
+            cost_aware=cost_aware,
+            divide_by_blocks=divide_by_blocks,
             cut="never",
         )
-        try:
-            return run_without_training(pruner, batches, loss_fn)
-        finally:
-            pruner.close()
+        return run_without_training(pruner, batches, loss_fn, reestimate=reestimate)
 
 
 def run_without_training(
-    pruner: ChannelPruner, batches: Iterable[Any], loss_fn: Callable[[nn.Module, Any], Tensor]
+    pruner: ChannelPruner,
+    batches: Iterable[Any],
+    loss_fn: Callable[[nn.Module, Any], Tensor],
+    *,
+    reestimate: bool = False,
 ) -> PruningPlan:
     """Drive a pruner to its budget on minibatches, without an optimizer; returns its plan.
 
@@ -84,6 +99,7 @@ def run_without_training(
         pruner: The pruner; its network's gradients are used up, its removed channels are zero afterwards.
         batches: Minibatches; one pass for a one-shot schedule, as many as it takes for others.
         loss_fn: `loss_fn(model, batch)` -> a finite scalar.
+        reestimate: Estimate the statistics of batch normalisations anew after each step.
 
     Raises:
         CriterionError: There is no batch, a loss is not finite, or a layer lacks gradients.
@@ -94,17 +110,24 @@ def run_without_training(
             "A continuous schedule waits for the training loss to fall, and here nothing trains: use Iterative or "
             "OneShot, or call the pruner from a training loop."
         )
-    if pruner.scorer.needs_gradients and not pruner.done:
-        with pruner:
-            _pass_over(pruner, pruner.model, batches, loss_fn)
-            return pruner.finish()
-    return pruner.finish()
+    with pruner:
+        if pruner.scorer.needs_data and not pruner.done:
+            _pass_over(pruner, batches, loss_fn, reestimate)
+        pruner.finish()
+        if reestimate:
+            reestimate_batchnorm(pruner.model, batches, loss_fn)
+        if pruner.scorer.predicts:
+            pruner.live.loss_after = _mean_loss(pruner.model, batches, loss_fn)
+        return pruner.plan()
 
 
 def _pass_over(
-    pruner: ChannelPruner, model: nn.Module, batches: Iterable[Any], loss_fn: Callable[[nn.Module, Any], Tensor]
+    pruner: ChannelPruner, batches: Iterable[Any], loss_fn: Callable[[nn.Module, Any], Tensor], reestimate: bool
 ) -> None:
-    one_pass, steps = pruner.schedule.channels is None, len(pruner.steps)
+    """Score until the budget is met, or once over the minibatches for a one-shot schedule."""
+    model, steps = pruner.model, len(pruner.steps)
+    one_pass = isinstance(pruner.schedule, OneShot)
+    step_a_pass = isinstance(pruner.schedule, Gradual) and pruner.schedule.minibatches is None
     total = len(batches) if isinstance(batches, Sized) else None
     with tqdm(desc="score", total=total if one_pass else None, unit="batch", delay=2, disable=None) as bar:
         while True:
@@ -113,24 +136,79 @@ def _pass_over(
                 seen += 1
                 if not pruner.scorer.foreign:  # a stock importance reads the sum over the minibatches
                     model.zero_grad(set_to_none=True)
-                loss = loss_fn(model, batch)
-                if not isinstance(loss, Tensor) or loss.dim() != 0 or not loss.requires_grad:
-                    raise CriterionError(
-                        f"loss_fn must return a scalar tensor that depends on parameters (requires_grad), got {loss}."
-                    )
-                loss.backward(create_graph=pruner.needs_graph)
-                pruner.on_backward(float(loss.detach()), batch)
+                loss = pruner.scorer.backward(model, batch, loss_fn, create_graph=pruner.needs_graph)
+                pruner.on_backward(loss, batch)
                 pruner.on_step()
-                if len(pruner.steps) > steps:  # a window of its own for each step
-                    model.zero_grad(set_to_none=True)
-                    steps = len(pruner.steps)
                 bar.update()
                 if pruner.done:
                     return
+                if len(pruner.steps) > steps:  # a window of its own for each step
+                    steps = len(pruner.steps)
+                    model.zero_grad(set_to_none=True)
+                    if reestimate:
+                        reestimate_batchnorm(model, batches, loss_fn)
             if seen == 0:
                 raise CriterionError("There is no batch to score with: the loader is empty (or used up).")
-            if one_pass:
+            if step_a_pass:
+                pruner.step()
+                steps = len(pruner.steps)
+                model.zero_grad(set_to_none=True)
+                if reestimate and not pruner.done:
+                    reestimate_batchnorm(model, batches, loss_fn)
+            if one_pass or pruner.done:
                 return
+
+
+@torch.no_grad()
+def _mean_loss(model: nn.Module, batches: Iterable[Any], loss_fn: Callable[[nn.Module, Any], Tensor]) -> float | None:
+    """Return the mean loss over minibatches that can be gone through again."""
+    losses = [float(loss_fn(model, batch)) for batch in batches]
+    return sum(losses) / len(losses) if losses else None
+
+
+def score_groups(
+    model: nn.Module,
+    groups: Sequence[ChannelGroup],
+    criterion: Criterion | ForeignCriterion,
+    batches: Iterable[Any],
+    loss_fn: Callable[[nn.Module, Any], Tensor],
+) -> dict[str, Tensor]:
+    """Score channels by one criterion on the network as it is used (in eval mode), without choosing any.
+
+    Args:
+        model: The network; weights, statistics, gradients and modes are put back.
+        groups: The groups to score; for a stock importance of Torch-Pruning found with `keep_host=True`.
+        criterion: One of `nni_plugin.criteria` (what it has collected before is forgotten; what it collects here
+            stays, for `loss_changes`), or a stock importance.
+        batches: Minibatches, gone through once; not read by a criterion that needs no data.
+        loss_fn: `loss_fn(model, batch)` -> a finite scalar.
+
+    Returns:
+        Scores by group name, float64, shape `[width]`, higher = keep; groups that a stock importance skips are left
+        out.
+
+    Raises:
+        CriterionError: There is no batch, a score is not a number, or a layer lacks what is needed.
+    """
+    scorer = Scorer(criterion)
+    with unchanged(model):
+        model.eval()
+        try:
+            scorer.open(model, groups)
+            seen = 0
+            for batch in batches if scorer.needs_data else ():
+                seen += 1
+                if not scorer.foreign:  # a stock importance reads the sum over the minibatches
+                    model.zero_grad(set_to_none=True)
+                scorer.backward(model, batch, loss_fn, create_graph=scorer.needs_graph)
+                scorer.update(model, groups, due=False, batch=batch)
+            if seen == 0 and scorer.needs_data:
+                raise CriterionError("There is no batch to score with: the loader is empty (or used up).")
+            scorer.read(groups)
+            scores = scorer.scores(groups, {group.name: torch.arange(group.width) for group in groups}, 0.0)
+        finally:
+            scorer.close()
+    return {name: score for name, score in scores.items() if not bool(torch.isinf(score).all())}
 
 
 @contextmanager

@@ -34,7 +34,36 @@ class OneShot:
             _check_count("minibatches", self.minibatches)
 
     channels = None
+    steps = 1
     momentum = 0.0
+
+    def due(self, minibatches: int, mean_loss: float) -> bool:
+        """Tell whether to prune after so many minibatches since the last step."""
+        return self.minibatches is not None and minibatches >= self.minibatches
+
+
+@dataclass(frozen=True)
+class Gradual:
+    """Go to the budget in equal steps of what it counts, each on fresh scores.
+
+    Args:
+        steps: Number of steps.
+        minibatches: Window of each step; None: all that are given (without training), once a step.
+        momentum: Weight of the earlier scores in the moving average over windows.
+    """
+
+    steps: int = 10
+    minibatches: int | None = None
+    momentum: float = 0.0
+
+    def __post_init__(self) -> None:
+        """Check the values."""
+        _check_count("steps", self.steps)
+        if self.minibatches is not None:
+            _check_count("minibatches", self.minibatches)
+        _check_momentum(self.momentum)
+
+    channels = None
 
     def due(self, minibatches: int, mean_loss: float) -> bool:
         """Tell whether to prune after so many minibatches since the last step."""
@@ -54,6 +83,8 @@ class Iterative:
     channels: int = 100
     minibatches: int = 30
     momentum: float = 0.9
+
+    steps = None
 
     def __post_init__(self) -> None:
         """Check the values."""
@@ -91,4 +122,4 @@ class Continuous(Iterative):
         return super().due(minibatches, mean_loss) and mean_loss <= self.loss_threshold
 
 
-Schedule = OneShot | Iterative | Continuous
+Schedule = OneShot | Gradual | Iterative | Continuous

@@ -6,7 +6,9 @@ Torch-Pruning, which read the gradients as they are when they are called.
 
 from __future__ import annotations
 
+import inspect
 import math
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
@@ -14,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nni_plugin.criteria.base import Criterion
+from nni_plugin.criteria.base import Conclusion, Criterion
 from nni_plugin.errors import CriterionError
 from nni_plugin.groups import ChannelGroup
 
@@ -45,10 +47,15 @@ class Scorer:
         return not isinstance(self.criterion, Criterion)
 
     @property
-    def needs_gradients(self) -> bool:
+    def needs_data(self) -> bool:
         """Whether minibatches must run before scores are asked for."""
         if isinstance(self.criterion, Criterion):
             return self.criterion.needs_data
+        return bool(getattr(self.criterion, "needs_gradients", True))
+
+    @property
+    def needs_gradients(self) -> bool:
+        """Whether a backward pass must precede `update`."""
         return bool(getattr(self.criterion, "needs_gradients", True))
 
     @property
@@ -61,6 +68,26 @@ class Scorer:
         if isinstance(self.criterion, Criterion) and not self._collecting:
             self._stack.enter_context(self.criterion.collect(model, groups))
             self._collecting = True
+
+    def backward(
+        self, model: nn.Module, batch: Any, loss_fn: Callable[[nn.Module, Any], Tensor], *, create_graph: bool = False
+    ) -> float:
+        """Run one minibatch, forward and back where gradients are needed; returns its loss.
+
+        A stock importance that has `accumulate_grad(model)` is given the gradient of every sample instead.
+
+        Raises:
+            CriterionError: `loss_fn` gave no scalar that depends on parameters, or a minibatch has no samples.
+        """
+        accumulate = None if isinstance(self.criterion, Criterion) else getattr(self.criterion, "accumulate_grad", None)
+        if accumulate is None:
+            return _backward(model, batch, loss_fn, gradients=self.needs_gradients, create_graph=create_graph)
+        losses = []
+        for sample in _samples(batch):
+            model.zero_grad(set_to_none=True)
+            losses.append(_backward(model, sample, loss_fn, gradients=True, create_graph=False))
+            accumulate(model)
+        return sum(losses) / len(losses)
 
     def update(
         self,
@@ -84,13 +111,20 @@ class Scorer:
             found = {group.name: self.criterion(group.host) for group in groups if group.host is not None}
             self._fresh = {name: score.detach().cpu() for name, score in found.items() if score is not None}
 
-    def scores(self, groups: Sequence[ChannelGroup], kept: Mapping[str, Tensor], momentum: float) -> dict[str, Tensor]:
-        """Return the averaged scores of every group; the window is over.
+    def scores(
+        self,
+        groups: Sequence[ChannelGroup],
+        kept: Mapping[str, Tensor],
+        momentum: float,
+        costs: Mapping[str, float] | None = None,
+    ) -> dict[str, Tensor]:
+        """Return the averaged scores of every group; the window is over once `conclude` is called.
 
         Args:
             groups: The groups to score.
             kept: Channels still there, as index tensors; the others get `-inf`, to go first.
             momentum: Weight of the earlier average.
+            costs: What removing one channel of each group saves: scores become loss per cost. None: loss per channel.
 
         Returns:
             Scores by group name, float64, shape `[width]`; `inf` for a group that a stock importance skips.
@@ -101,8 +135,8 @@ class Scorer:
         self.close()  # whoever copies the network now finds no hook on it
         if isinstance(self.criterion, Criterion):
             self.criterion.all_reduce()
+            self.criterion.costs = costs or {}
             fresh = {group.name: self.criterion(group) for group in groups}
-            self.criterion.reset()
         else:
             fresh, self._fresh = self._fresh, {}
         result = {}
@@ -117,14 +151,40 @@ class Scorer:
                     f"number, for group {group.name!r} of {group.width} channels."
                 )
             before = self._average.get(group.name)
-            score = score if before is None else momentum * before + (1 - momentum) * score
+            if before is not None and not self.is_ranking:
+                score = momentum * before + (1 - momentum) * score
             self._average[group.name] = score
+            if costs is not None and not self.is_ranking:
+                score = score / max(costs[group.name], 1e-12)
             alive = score[kept[group.name]]
             if bool(torch.isfinite(alive).all()):
                 self.range[group.name] = (float(alive.min()), float(alive.max()))
             result[group.name] = torch.full_like(score, -math.inf)
             result[group.name][kept[group.name]] = alive
         return result
+
+    @property
+    def predicts(self) -> bool:
+        """Whether the criterion predicts the loss change of a choice of channels."""
+        return isinstance(self.criterion, Criterion) and self.criterion.predicts
+
+    @property
+    def is_ranking(self) -> bool:
+        """Whether scores are positions in one order of removal."""
+        return isinstance(self.criterion, Criterion) and self.criterion.is_ranking
+
+    @property
+    def cost_aware(self) -> bool:
+        """Whether the criterion weighs loss against cost by itself."""
+        return isinstance(self.criterion, Criterion) and self.criterion.cost_aware
+
+    def conclude(self, before: Mapping[str, Tensor], kept: Mapping[str, Tensor]) -> Conclusion:
+        """Say what the criterion predicts of the choice made, and forget the window."""
+        if not isinstance(self.criterion, Criterion):
+            return Conclusion()
+        said = self.criterion.conclude(before, kept)
+        self.criterion.reset()
+        return said
 
     def narrow(self, kept: Mapping[str, Tensor]) -> None:
         """Follow a physical cut: the averages keep only these channels."""
@@ -152,7 +212,45 @@ class Scorer:
         kind = type(self.criterion)
         if not isinstance(self.criterion, Criterion):
             return f"{kind.__module__}.{kind.__name__}"
-        options = [
-            f"{k}={v!r}" for k, v in vars(self.criterion).items() if not k.startswith("_") and k != "minibatches"
-        ]
+        named = inspect.signature(kind).parameters
+        options = [f"{name}={getattr(self.criterion, name)!r}" for name in named if hasattr(self.criterion, name)]
         return f"{kind.__name__}({', '.join(options)})"
+
+
+def _backward(
+    model: nn.Module,
+    batch: Any,
+    loss_fn: Callable[[nn.Module, Any], Tensor],
+    *,
+    gradients: bool,
+    create_graph: bool,
+) -> float:
+    with torch.set_grad_enabled(gradients):
+        loss = loss_fn(model, batch)
+    if not isinstance(loss, Tensor) or loss.dim() != 0 or (gradients and not loss.requires_grad):
+        raise CriterionError(
+            f"loss_fn must return a scalar tensor that depends on parameters (requires_grad), got {loss}."
+        )
+    if gradients:
+        with warnings.catch_warnings():
+            # Gradients are cleared before the next minibatch, which ends the cycle that torch warns of.
+            warnings.filterwarnings("ignore", "Using backward.. with create_graph=True", UserWarning)
+            loss.backward(create_graph=create_graph)
+    return float(loss.detach())
+
+
+def _samples(batch: Any) -> list[Any]:
+    """Return a minibatch as minibatches of one sample, of the same form."""
+    if isinstance(batch, Tensor) and batch.dim() > 0:
+        parts: list[Any] = list(batch.split(1))
+    elif isinstance(batch, Mapping):
+        parts = [dict(zip(batch, row, strict=True)) for row in zip(*map(_samples, batch.values()), strict=True)]
+    elif isinstance(batch, (tuple, list)):
+        parts = list(zip(*map(_samples, batch), strict=True))
+    else:
+        parts = []
+    if not parts:
+        raise CriterionError(
+            f"Gradients of every sample need minibatches of tensors, a sample a row, got {type(batch).__name__}."
+        )
+    return parts

@@ -25,7 +25,7 @@ from nni_plugin.adapters.data import DataSplits, create_loaders
 from nni_plugin.adapters.models import create_model
 from nni_plugin.adapters.training import Callback, TrainingConfig, TrainingState, evaluate, fit
 from nni_plugin.budgets import Budget, Channels, MACs, Params
-from nni_plugin.channel_pruner import ChannelPruner
+from nni_plugin.channel_pruner import ChannelPruner, Selection
 from nni_plugin.checkpoint import save_pretrained
 from nni_plugin.cost import count
 from nni_plugin.errors import BudgetError, ModelError, TrainingError
@@ -33,9 +33,9 @@ from nni_plugin.latency import measure_pair
 from nni_plugin.machine import describe_machine
 from nni_plugin.methods import create_criterion
 from nni_plugin.plan import PruningPlan
-from nni_plugin.planner import run_without_training, unchanged
+from nni_plugin.planner import run_without_training
 from nni_plugin.report import Report, Target, write_report
-from nni_plugin.schedules import Continuous, Iterative, OneShot, Schedule
+from nni_plugin.schedules import Continuous, Gradual, Iterative, OneShot, Schedule
 from nni_plugin.workspace import Workspace, workspace
 
 
@@ -59,10 +59,17 @@ class Job:
         prune_channels: Channels removed in a step; None: so many that pruning is over in the first half of training.
         prune_every: Minibatches between steps; None: twenty steps or more in that half, at most 30 minibatches apart.
         loss_threshold: Largest mean training loss at which a continuous schedule prunes.
-        score_batches: Minibatches that a one-shot schedule scores on; None takes all training data once.
+        score_batches: Minibatches that a one-shot schedule scores on; None takes all training data once (for `obs`,
+            which keeps a row for every image, about 2,000 images).
+        score_steps: Steps in which a one-shot schedule goes to the budget, each on fresh scores without training
+            between; None: 10 for a method that compensates (`obs`), 1 for the others.
         round_to: Widths become multiples of this.
         min_channels: No group gets narrower.
         ignore: Layers to leave whole, by name.
+        select: Which groups may be pruned: `"all"`, `"skip-only"` or `"no-skip"`.
+        cost_aware: Rank by loss per unit of what the budget counts; None: as the method wants it.
+        divide_by_blocks: Divide the score of a residual group by the number of blocks that share its gate.
+        reestimate: Estimate the statistics of batch normalisations anew after pruning without training.
         pretrain: Training of the dense network; its `epochs` may be 0.
         finetune: Training of the pruned network (while it is pruned, unless one-shot).
         latency_batch_sizes: Batch sizes to measure the latency at.
@@ -86,9 +93,14 @@ class Job:
     prune_every: int | None = None
     loss_threshold: float = 1.04
     score_batches: int | None = None
+    score_steps: int | None = None
     round_to: int = 1
     min_channels: int = 1
     ignore: tuple[str, ...] = ()
+    select: Selection = "all"
+    cost_aware: bool | None = None
+    divide_by_blocks: bool = False
+    reestimate: bool = False
     pretrain: TrainingConfig = field(default_factory=lambda: TrainingConfig(epochs=0))
     finetune: TrainingConfig = field(default_factory=lambda: TrainingConfig(epochs=0))
     latency_batch_sizes: tuple[int, ...] = (1, 64)
@@ -131,7 +143,7 @@ def run_job(job: Job, *, resume: bool = False, command: str = "", say: Callable[
     Raises:
         NNIPluginError: Anything the user can mend; nothing half-written is left in the output folder.
     """
-    criterion = create_criterion(job.method)
+    criterion = create_criterion(job.method, job.seed)
     with workspace(job.output, job.settings(), resume=resume) as places:
         return _Run(job, criterion, places, resume, say).run(command)
 
@@ -214,6 +226,8 @@ class _Run:
 
     def _prune_then_train(self) -> tuple[ChannelPruner, float, list[dict[str, float]]]:
         pruner = self._pruner("never")
+        steps = self.job.score_steps or (10 if pruner.scorer.is_ranking else 1)
+        pruner.schedule = OneShot() if steps == 1 else Gradual(steps)
         self._score_and_cut(pruner)
         after_cut = self._top1()
         return pruner, after_cut, self._fit(self.job.finetune, "finetune")
@@ -224,8 +238,8 @@ class _Run:
         # A resumed run has not drawn the random numbers of the training before.
         torch.manual_seed(self.job.seed)
         begun, planned = time.perf_counter(), pruner.seconds["plan"]
-        with unchanged(self.model):
-            run_without_training(pruner, self._score_batches(), cross_entropy)
+        run_without_training(pruner, self._score_batches(), cross_entropy, reestimate=self.job.reestimate)
+        self.model.zero_grad(set_to_none=True)
         pruner.seconds["score"] += time.perf_counter() - begun - (pruner.seconds["plan"] - planned)
         pruner.cut()
 
@@ -259,6 +273,9 @@ class _Run:
             round_to=self.job.round_to,
             min_channels=self.job.min_channels,
             ignore=self.job.ignore,
+            select=self.job.select,
+            cost_aware=self.job.cost_aware,
+            divide_by_blocks=self.job.divide_by_blocks,
             cut=cut,
         )
 
@@ -283,7 +300,10 @@ class _Run:
         return evaluate(self.model, self.splits.test, self.device)["top1"]
 
     def _score_batches(self) -> _FirstBatches:
-        return _FirstBatches(self.splits.score, self.device, self.job.score_batches)
+        batches = self.job.score_batches
+        if batches is None and getattr(self.criterion, "is_ranking", False):
+            batches = math.ceil(2000 / (self.splits.score.batch_size or 1))
+        return _FirstBatches(self.splits.score, self.device, batches)
 
     def _with_provenance(self, plan: PruningPlan) -> PruningPlan:
         data = {"name": self.splits.name, "fingerprint": self.splits.fingerprint}

@@ -3,10 +3,11 @@
 from types import SimpleNamespace
 
 import pytest
+import timm
 import torch
 import torch_pruning as tp
 from hypothesis import given, settings
-from networks_at_random import Recipe, networks
+from networks_at_random import Branches, Recipe, Squeeze, Twice, conv_bn, networks
 from torch import nn
 
 from nni_plugin.adapters.torch_pruning import find_groups
@@ -85,3 +86,115 @@ def test_a_group_without_its_graph_is_refused() -> None:
     for foreign in (SimpleNamespace(), [], object()):
         with pytest.raises(GraphError, match="dependency graph"):
             ChannelGroup.from_host(foreign)
+
+
+@settings(derandomize=True, database=None, deadline=None, max_examples=30)
+@given(networks())
+def test_no_position_is_named_twice(recipe: Recipe) -> None:
+    """Sums over members count every weight once."""
+    for group in find_groups(recipe.build(), recipe.inputs()):
+        named = [(m.path, m.axis, i) for m in group.members for i in m.index.tolist()]
+        assert len(set(named)) == len(named)
+
+
+# -- which groups may be pruned -------------------------------------------------------------------------------
+
+STAGES = {"resnet50": ((3, 4, 6, 3), 7552), "resnet101": ((3, 4, 23, 3), 16256)}
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_gates_of_residual_networks(name: str) -> None:
+    """Four stages share their skip connections, 3840 channels; the others stand alone; the stem's 64 are not counted.
+
+    With the stem left out that is 11392 channels of ResNet-50 and 20096 of ResNet-101, as Molchanov et al. count.
+    """
+    blocks, inner = STAGES[name]
+    groups = [group for group in find_groups(timm.create_model(name), torch.randn(1, 3, 32, 32)) if not group.fixed]
+    skips = [group for group in groups if group.residual]
+    alone = [group for group in groups if not group.residual and group.name != "conv1"]
+    assert [group.width for group in skips] == [256, 512, 1024, 2048]
+    assert tuple(group.blocks for group in skips) == blocks
+    assert (sum(group.width for group in skips), sum(group.width for group in alone)) == (3840, inner)
+    assert {group.blocks for group in alone} == {1}
+    assert sum(group.width for group in groups) - 64 == {"resnet50": 11392, "resnet101": 20096}[name]
+
+
+def group_of(model: nn.Module, name: str) -> ChannelGroup:
+    groups = find_groups(model.double(), torch.randn(2, 3, 8, 8, dtype=torch.float64))
+    return next(g for g in groups if any(m.path == name and m.axis == "out" for m in g.members))
+
+
+def net(*layers: nn.Module, width: int) -> nn.Module:
+    return nn.Sequential(*conv_bn(3, 4), nn.ReLU(), *layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, 3))
+
+
+def skip(*layers: nn.Module) -> nn.Module:
+    return Branches("add", [nn.Sequential(*layers), nn.Identity()])
+
+
+@pytest.mark.parametrize(
+    ("model", "layer", "blocks"),
+    [
+        pytest.param(net(width=4), "0", 0, id="plain"),
+        pytest.param(net(skip(*conv_bn(4, 4)), width=4), "0", 1, id="one block on a stem"),
+        pytest.param(net(*[skip(*conv_bn(4, 4)) for _ in range(3)], width=4), "0", 3, id="three blocks"),
+        pytest.param(
+            net(Branches("add", [nn.Sequential(*conv_bn(4, 6)) for _ in range(3)]), width=6),
+            "3.branches.0.0",
+            2,
+            id="three branches",
+        ),
+        pytest.param(net(Branches("cat", [nn.Sequential(*conv_bn(4, w)) for w in (5, 3)]), width=8), "0", 0, id="read"),
+        pytest.param(
+            net(Branches("cat", [nn.Sequential(*conv_bn(4, w)) for w in (5, 3)]), nn.Conv2d(8, 4, 1), width=4),
+            "3.branches.1.0",
+            0,
+            id="concatenation",
+        ),
+        pytest.param(
+            net(
+                Branches(
+                    "add",
+                    [Branches("cat", [nn.Conv2d(4, 5, 1), nn.Conv2d(4, 5, 1)]), nn.Conv2d(4, 10, 1)],
+                ),
+                width=10,
+            ),
+            "3.branches.0.branches.1",
+            1,
+            id="added to a concatenation",
+        ),
+        pytest.param(
+            net(Branches("cat", [nn.Identity(), nn.Sequential(nn.BatchNorm2d(4), nn.Conv2d(4, 3, 1))]),
+                nn.BatchNorm2d(7), nn.ReLU(), nn.Conv2d(7, 4, 1), width=4),
+            "0", 0, id="two norms behind one layer",
+        ),
+        pytest.param(net(*conv_bn(4, 6), nn.ReLU(), *conv_bn(6, 6, 3, 6), width=6), "3", 0, id="depthwise"),
+        pytest.param(
+            net(skip(*conv_bn(4, 6), nn.ReLU(), *conv_bn(6, 6, 3, 6), *conv_bn(6, 4)), width=4),
+            "0", 1, id="inverted residual",
+        ),
+        pytest.param(net(Squeeze(4, False), width=4), "0", 0, id="factor"),
+    ],
+)  # fmt: skip
+def test_residual_groups_are_those_that_an_addition_couples(model: nn.Module, layer: str, blocks: int) -> None:
+    group = group_of(model, layer)
+    assert (group.residual, group.blocks) == (blocks > 0, max(blocks, 1))
+
+
+def test_a_layer_on_its_own_output_counts_as_an_addition_would() -> None:
+    group = group_of(net(Twice(nn.Conv2d(4, 4, 3, padding=1)), width=4), "0")
+    assert (group.residual, group.blocks) == (True, 1)
+
+
+def test_a_factor_that_ends_in_a_normalisation_lies_beside_as_a_whole() -> None:
+    squeeze = Squeeze(4, False)
+    squeeze.fc2 = nn.Sequential(squeeze.fc2, nn.BatchNorm2d(4))
+    group = group_of(net(squeeze, width=4), "0")
+    roles = {m.path: (m.writer, m.beside) for m in group.members if m.axis == "out"}
+    assert roles == {
+        "0": (False, False),
+        "1": (True, False),
+        "3.fc2.0": (False, True),
+        "3.fc2.1": (False, True),
+    }
+    assert not group.residual

@@ -19,11 +19,12 @@ FOLDERS = {
 
 # The house, lowest room first. A module may import from its own floor and from the floors below.
 FLOORS = (
-    frozenset({"errors", "machine", "tensors", "groups", "cost", "latency", "masks", "plan", "networks", "workspace"}),
+    frozenset({"errors", "machine", "tensors", "groups", "cost", "latency", "masks", "compensation"}),
+    frozenset({"plan", "networks", "workspace"}),
     frozenset({"report", "report_plots"}),
     frozenset({"criteria"}),
     frozenset({"budgets"}),
-    frozenset({"selection", "slim_cost", "schedules", "scorer"}),
+    frozenset({"selection", "slim_cost", "schedules", "scorer", "live_plan"}),
     frozenset({"layers", "performance"}),
     frozenset({"adapters"}),
     frozenset({"channel_pruner", "methods"}),

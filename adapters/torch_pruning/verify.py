@@ -114,13 +114,13 @@ def _outputs(network: nn.Module, example_inputs: Any) -> list[Tensor]:
 
 def _fold_factors(model: nn.Module, plan: PruningPlan, groups: Sequence[ChannelGroup]) -> None:
     """Fold a plan's factors into a network without removing anything."""
-    if any(entry.factors for entry in plan.groups):
-        entries = []
-        for entry in plan.groups:
+    entries = []
+    for entry in plan.groups:
+        if entry.factors is not None:
             factors = torch.ones(entry.total, dtype=torch.float64)
-            if entry.factors is not None:
-                factors[list(entry.kept)] = torch.tensor(entry.factors, dtype=torch.float64)
+            factors[list(entry.kept)] = torch.tensor(entry.factors, dtype=torch.float64)
             entries.append(replace(entry, kept=tuple(range(entry.total)), factors=tuple(factors.tolist())))
+    if entries:
         cut_channels(model, replace(plan, groups=tuple(entries)), groups)
 
 

@@ -76,6 +76,19 @@ def number(text: Any) -> float:
     return value
 
 
+def optional_bool(text: Any) -> bool:
+    """Read `true` or `false`.
+
+    Example:
+        >>> optional_bool("true"), optional_bool(False)
+        (True, False)
+    """
+    value = str(text).lower()
+    if value not in ("true", "false"):
+        raise BadValue(f"expected true or false, got {text!r}")
+    return value == "true"
+
+
 def count_or_fraction(text: Any) -> int | float:
     """Read a count, written as an integer, or a fraction.
 

@@ -19,6 +19,7 @@ from nni_plugin.cli.arguments import (
     integers,
     names,
     number,
+    optional_bool,
 )
 from nni_plugin.errors import BudgetError, TrainingError
 
@@ -30,7 +31,7 @@ def add_arguments(parser: jsonargparse.ArgumentParser) -> None:
     add = parser.add_argument
     add_model(parser, required=True)
     add_data(parser)
-    add("--method", type=str, default="taylor-fo", help="criterion: taylor-fo, taylor-fo-weight, tp:magnitude, ...")
+    add("--method", type=str, default="taylor-fo", help="taylor-fo, taylor-fisher, obs, magnitude, tp:taylor, ...")
     add("--macs", type=number, help="fraction of the multiply-accumulates to keep, above 0, at most 1")
     add("--params", type=number, help="fraction of the parameters to keep")
     add("--channels", type=count_or_fraction, help="coupled channels to keep: a count (223) or a fraction (0.5)")
@@ -45,6 +46,17 @@ def add_arguments(parser: jsonargparse.ArgumentParser) -> None:
     add("--prune-every", type=above(1), help="minibatches between steps (likewise, at most 30)")
     add("--loss-threshold", type=number, default=1.04, help="largest training loss at which a continuous one prunes")
     add("--score-batches", type=above(1), help="minibatches that one-shot scores on (all training data)")
+    add("--score-steps", type=above(1), help="steps of one-shot, each on fresh scores (obs: 10, others: 1)")
+    add("--bn-reestimate", dest="reestimate", action="store_true", help="new BN statistics after one-shot pruning")
+    add(
+        "--select",
+        type=str,
+        choices=("all", "skip-only", "no-skip"),
+        default="all",
+        help="layers to prune: all, those that residual additions couple, or the others",
+    )
+    add("--cost-aware", type=optional_bool, help="rank by loss per unit of the budget: true or false (as the method is)")
+    add("--divide-by-blocks", action="store_true", help="divide a residual score by the blocks that share its gate")
     add("--round-to", type=above(1), default=1, help="make widths multiples of this")
     add("--min-channels", type=above(1), default=1, help="make no layer narrower than this")
     add("--ignore", type=names, default=(), help="layers to leave whole, by name, separated by commas")

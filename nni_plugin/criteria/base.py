@@ -11,6 +11,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -18,6 +19,19 @@ from torch import Tensor, nn
 
 from nni_plugin.errors import CriterionError
 from nni_plugin.groups import ChannelGroup
+
+
+@dataclass(frozen=True)
+class Conclusion:
+    """What a criterion says of a choice of channels.
+
+    Args:
+        factors: What the gates that stay become, `[width]` by group name, zero where removed; groups not named stay.
+        predicted_loss_change: In units of the loss; None where the criterion predicts no sign.
+    """
+
+    factors: Mapping[str, Tensor] = field(default_factory=dict)
+    predicted_loss_change: float | None = None
 
 
 class Criterion(ABC):
@@ -39,8 +53,19 @@ class Criterion(ABC):
     needs_data = True
     """Whether any minibatch must be seen at all."""
 
+    is_ranking = False
+    """Whether scores are positions in one order of removal: neither averaged over windows nor divided by a cost."""
+
+    predicts = False
+    """Whether `conclude` predicts the loss change."""
+
+    cost_aware = False
+    """Whether the criterion itself weighs a channel's loss against what its removal saves, given in `costs`."""
+
     def __init__(self) -> None:
         self.loss_scale = 1.0
+        self.costs: Mapping[str, float] = {}
+        """What removing one channel saves, by group name, in units of the budget; set by the pruner."""
         self._batch: Any = None
         self._model: nn.Module | None = None
         self._groups: tuple[ChannelGroup, ...] = ()
@@ -122,6 +147,15 @@ class Criterion(ABC):
                 "a gradient was not finite. Lower the learning rate, or look at the data."
             )
         return scores
+
+    def conclude(self, before: Mapping[str, Tensor], kept: Mapping[str, Tensor]) -> Conclusion:
+        """Say what a choice of channels means, while what was collected is still there.
+
+        Args:
+            before: Channels that were there, as ascending indices by group name.
+            kept: Channels that stay.
+        """
+        return Conclusion()
 
     def reset(self) -> None:
         """Forget everything collected."""

@@ -38,9 +38,9 @@ def member_gates(model: nn.Module, members: Sequence[Member], *, squared: bool =
     pairs: list[tuple[Tensor, Tensor]] = []
     places: list[tuple[int, Tensor, nn.Module | None, Place]] = []
     for i, member in enumerate(members):
-        for parameter, layer, place in _read(model, member):
+        for parameter, layer, place in parameters_of(model, member):
             if parameter.grad is None:
-                raise _no_gradient(f"{member.path}.{place.tensor}" if layer is not None else member.path)
+                raise no_gradient(f"{member.path}.{place.tensor}" if layer is not None else member.path)
             pairs.append((parameter.detach(), parameter.grad.detach()))
             places.append((i, parameter, layer, place))
     if not pairs:
@@ -50,13 +50,13 @@ def member_gates(model: nn.Module, members: Sequence[Member], *, squared: bool =
         products = [product.square() for product in products]
     gates: list[Tensor | None] = [None] * len(members)
     for (i, _, layer, place), product in zip(places, products, strict=True):
-        term = _per_channel(product, layer, place)
+        term = per_channel(product, layer, place)
         before = gates[i]
         gates[i] = term if before is None else before + term
     return [gate for gate in gates if gate is not None]
 
 
-def _read(model: nn.Module, member: Member) -> Iterator[tuple[Tensor, nn.Module | None, Place]]:
+def parameters_of(model: nn.Module, member: Member) -> Iterator[tuple[Tensor, nn.Module | None, Place]]:
     """Yield the parameters that make up a member's gate."""
     if member.kind == "parameter":
         (piece,) = member.slices
@@ -65,7 +65,9 @@ def _read(model: nn.Module, member: Member) -> Iterator[tuple[Tensor, nn.Module 
     layer = model.get_submodule(member.path)
     places = [place for place in places_of(layer, member.axis) if not place.tensor.startswith("running_")]
     if not places:
-        raise CriterionError(f"{member.path!r} is a {type(layer).__name__} without parameters: it has no gate to score.")
+        raise CriterionError(
+            f"{member.path!r} is a {type(layer).__name__} without parameters: it has no gate to score."
+        )
     for place in places:
         yield getattr(layer, place.tensor), layer, place
 
@@ -78,7 +80,8 @@ def _products(pairs: Sequence[tuple[Tensor, Tensor]]) -> list[Tensor]:
     return [p * g for p, g in pairs]
 
 
-def _per_channel(product: Tensor, layer: nn.Module | None, place: Place) -> Tensor:
+def per_channel(product: Tensor, layer: nn.Module | None, place: Place) -> Tensor:
+    """Sum what belongs to one parameter, such as `w dE/dw`, over all but the channels of an axis."""
     if place.period is None:
         return _sum_but(product, place.dim)
     # A grouped convolution folds this axis: each of its groups has `period` channels of its own.
@@ -93,7 +96,8 @@ def _sum_but(product: Tensor, dim: int) -> Tensor:
     return summed
 
 
-def _no_gradient(path: str) -> CriterionError:
+def no_gradient(path: str) -> CriterionError:
+    """Return the error for a parameter without a gradient."""
     return CriterionError(
         f"{path!r} has no gradient: it is frozen, or backward() has not run (or zero_grad() has). Call update() "
         "between backward() and the optimizer's step, with requires_grad on the layers to score."

@@ -44,6 +44,7 @@ class TaylorFisher(GateCriterion):
     """
 
     per_sample = True
+    predicts = True
 
     def __init__(self, gates: Gates = "auto", signed: bool = False) -> None:
         self.signed = signed

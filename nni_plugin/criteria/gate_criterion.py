@@ -16,7 +16,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from nni_plugin.criteria.base import Criterion
+from nni_plugin.criteria.base import Conclusion, Criterion
 from nni_plugin.criteria.first_order import member_gates
 from nni_plugin.criteria.gates import GateLayout, accumulable
 from nni_plugin.criteria.per_sample import PerSampleGates
@@ -120,6 +120,22 @@ class GateCriterion(Criterion):
         changes = self._changes(self._mean(ChannelGroup.from_host(group)))
         return None if changes is None else changes.cpu()
 
+    def conclude(self, before: Mapping[str, Tensor], kept: Mapping[str, Tensor]) -> Conclusion:
+        """Predict the loss change as the sum over the channels that go."""
+        if self._layout is None or not self._sums:
+            return Conclusion()
+        changes = self._changes({key: total / self._count for key, total in self._sums.items()})
+        if changes is None:
+            return Conclusion()
+        total = 0.0
+        for name, part in self._layout.split(changes.double().cpu()).items():
+            total += float(part[before[name][~torch.isin(before[name], kept[name])]].sum())
+        return Conclusion(predicted_loss_change=total)
+
+    @property
+    def _count(self) -> int:
+        return self.samples if self.per_sample else self.minibatches
+
     # -- gathering and scoring ---------------------------------------------------------------------------
 
     def _gather(self, model: nn.Module) -> None:
@@ -142,13 +158,9 @@ class GateCriterion(Criterion):
 
     def _mean(self, group: ChannelGroup) -> Sums:
         """Return the mean statistics of one group."""
-        count = self.samples if self.per_sample else self.minibatches
-        if self._sums:
-            if self._layout is None or group.name not in self._layout:
-                raise CriterionError(
-                    f"Group {group.name!r} was not among the groups collected for; pass it to collect(), or none."
-                )
-            return {name: self._layout.of(group.name, total) / count for name, total in self._sums.items()}
+        if self._layout is not None:
+            gates = self._layout.gates_of(group)
+            return {key: total[..., gates.to(total.device)] / self._count for key, total in self._sums.items()}
         members = self._choose(group, {key[0] for key in self._rows if key[1] == "out"})
         layout = GateLayout([(group, members)])
         sums: Sums = {}
@@ -156,7 +168,7 @@ class GateCriterion(Criterion):
             terms = [self._row(member, minibatch) for member in layout.members]
             for name, value in self._statistics(layout.joint(terms)).items():
                 sums[name] = sums[name] + value if name in sums else value
-        return {name: total / count for name, total in sums.items()}
+        return {name: total / self._count for name, total in sums.items()}
 
     def _row(self, member: Member, minibatch: int) -> Tensor:
         rows = self._rows.get((member.path, member.axis), [])

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
+from nni_plugin.errors import CriterionError
 from nni_plugin.groups import ChannelGroup, Member
 from nni_plugin.tensors import Axis
 
@@ -30,6 +31,7 @@ class GateLayout:
     def __init__(self, chosen: Iterable[tuple[ChannelGroup, Sequence[Member]]]) -> None:
         self.members: list[Member] = []
         self._slices: dict[str, slice] = {}
+        self._groups: dict[str, ChannelGroup] = {}
         number: dict[tuple[str, Axis], int] = {}
         self._parts: list[tuple[int, Tensor, Tensor]] = []  # layer, positions on its axis, flat gates
         self.size = 0
@@ -41,6 +43,7 @@ class GateLayout:
                     self.members.append(member)
                 self._parts.append((number[key], member.index, member.channel + self.size))
             self._slices[group.name] = slice(self.size, self.size + group.width)
+            self._groups[group.name] = group
             self.size += group.width
         self._index: tuple[Tensor, Tensor] | None = None
 
@@ -49,10 +52,6 @@ class GateLayout:
         return isinstance(other, GateLayout) and self._slices == other._slices
 
     __hash__ = None  # type: ignore[assignment]
-
-    def __contains__(self, name: object) -> bool:
-        """Tell whether a group of this name has its gates here."""
-        return name in self._slices
 
     def joint(self, terms: Sequence[Tensor]) -> Tensor:
         """Sum what each layer contributes to the gates of its groups.
@@ -68,9 +67,29 @@ class GateLayout:
         total = flat.new_zeros(*flat.shape[:-1], self.size)
         return total.index_add_(-1, gate, flat.index_select(-1, position))
 
-    def of(self, name: str, flat: Tensor) -> Tensor:
-        """Return the part of a flat vector `[..., size]` that belongs to a group, `[..., width]`."""
-        return flat[..., self._slices[name]]
+    def gates_of(self, group: ChannelGroup) -> Tensor:
+        """Return the gates of a group's channels, int64, shape `[width]`.
+
+        Stock pruners may reach a group from another of its layers than ours did: then the layer they started from
+        says which channel is which.
+
+        Raises:
+            CriterionError: The group is none of this layout's.
+        """
+        root = group.members[0]
+        for ours in self._groups.values():
+            start = self._slices[ours.name].start
+            if ours is group or (ours.name == group.name and ours.width == group.width):
+                return torch.arange(start, start + group.width)
+            for member in ours.members:
+                if (member.path, member.axis) == (root.path, root.axis) and len(member.index) == len(root.index):
+                    at = torch.full((int(member.index.max()) + 1,), -1)
+                    at[member.index] = member.channel
+                    channels = torch.empty(group.width, dtype=torch.int64)
+                    channels[root.channel] = at[root.index.clamp(max=len(at) - 1)]
+                    if ours.width == group.width and bool((channels >= 0).all()):
+                        return channels + start
+        raise CriterionError(f"Group {group.name!r} was not among the groups collected for; pass it to collect().")
 
     def split(self, flat: Tensor) -> dict[str, Tensor]:
         """Return a flat vector `[..., size]` by group."""

@@ -1,29 +1,37 @@
 """Gate gradients of every sample, from one ordinary backward pass.
 
 `E = mean_n E_n`. With a gate `z = 1` on a channel, `dE_n/dz = N sum_positions a dE/da` over the positions of sample
-`n`: the layer's output times the gradient that backward brings to it. Nothing is added to the graph, and for a
-batch normalisation nothing is kept alive that backward does not keep anyway, since its output is an affine function
-of its input: `sum a g = gamma / sigma (sum x g - mu sum g) + beta sum g`.
+`n`: the layer's output times the gradient that backward brings to it. No gate is added to the graph, and for a batch
+normalisation nothing is kept alive that backward does not keep anyway, since its output is an affine function of its
+input: `sum a g = gamma / sigma (sum x g - mu sum g) + beta sum g`. Other activations that the network overwrites in
+place are handed on as copies; which these are shows on the first pass.
+
+Where samples meet, in the statistics of a batch normalisation in train mode, `dE_n/dz` is the gradient of `N E` with
+respect to a gate on sample `n` alone.
 
 Cost: two reductions over each watched activation. Memory: one number a sample and channel, and the outputs of
-watched layers that are no batch normalisation where the network would have let them go.
+watched layers that are no batch normalisation where the network would have let them go. Activation checkpointing
+gives the same numbers; its reentrant form alone still saves the memory of watched layers.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.hooks import RemovableHandle
 
+from nni_plugin.cost import tensors_in
 from nni_plugin.criteria.gates import accumulable
 from nni_plugin.errors import CriterionError
 from nni_plugin.groups import Member
 from nni_plugin.tensors import NORMS
+
+Reduction = Literal["sum", "mean", "mean-abs"]
 
 
 class PerSampleGates:
@@ -31,8 +39,13 @@ class PerSampleGates:
 
     Args:
         model: The network; its loss must be the mean over the samples of a minibatch, its first tensor input hold
-            one sample a row.
-        members: The layers to watch: outputs of `axis="out"`, inputs of `axis="in"`; no bare parameters.
+            one sample a row, and so must every watched activation, or windows of samples one after the other.
+        members: The layers to watch: outputs of `axis="out"`, inputs of `axis="in"`; no bare parameters. One without
+            positions (`index` is empty) may stay without a gradient: its term is then empty.
+
+    Attributes:
+        reduction: What is made of `a dE/da` over the positions of a sample: `"sum"`, the gate's gradient; `"mean"`;
+            `"mean-abs"`, the mean of absolute values. Terms of a layer called twice are added. Read by the hooks.
 
     Raises:
         CriterionError: A member is a bare parameter, whose output no hook can see.
@@ -43,11 +56,12 @@ class PerSampleGates:
         for member in self.members:
             if member.kind == "parameter":
                 raise CriterionError(f"{member.path!r} is a bare parameter: gradients per sample cannot be seen there.")
+        self.reduction: Reduction = "sum"
         self._stack = ExitStack()
         self._samples = 0
         self._terms: list[Tensor | None] = [None] * len(self.members)
-        # Outputs that the next layer overwrites must be copied; which those are shows on the first pass.
-        self._copy = [True] * len(self.members)
+        # What the next layer overwrites must be copied; where that happens shows on the first pass.
+        self._overwritten: list[bool | None] = [None] * len(self.members)
 
     def __enter__(self) -> PerSampleGates:
         """Put the hooks on."""
@@ -76,11 +90,14 @@ class PerSampleGates:
         terms, self._terms = self._terms, [None] * len(self.members)
         found = []
         for member, term in zip(self.members, terms, strict=True):
-            if term is None:
+            if term is None and member.index.numel():
                 raise CriterionError(
                     f"No gradient came to {member.path!r}: forward and backward must run inside collect(), with "
-                    "gradients enabled, and the loss must depend on this layer."
+                    "gradients enabled, the loss must depend on this layer, and the layer must be called as such."
                 )
+            if term is None:
+                parameter = next(self.model.parameters())
+                term = torch.empty(self._samples, 0, device=parameter.device)
             found.append(term * self._samples)
         return found
 
@@ -90,7 +107,7 @@ class PerSampleGates:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             if module is not self.model or not torch.is_grad_enabled():
                 return
-            first = next((a for a in (*args, *kwargs.values()) if isinstance(a, Tensor) and a.dim() > 0), None)
+            first = next((tensor for tensor in tensors_in([args, kwargs]) if tensor.dim() > 0), None)
             if first is None:
                 raise CriterionError("Gradients per sample need a tensor input whose rows are the samples.")
             self._samples = first.shape[0]
@@ -103,21 +120,24 @@ class PerSampleGates:
         if member.axis == "in":
 
             def on_input(module: nn.Module, args: tuple[Any, ...]) -> Any:
-                if module is not layer or not _followed(args[0]):
+                if module is not layer or not args or not _followed(args[0]):
                     return None
-                x = args[0].view_as(args[0])  # a node of its own: the gradient through this reader alone
-                value = x.detach()
-                x.register_hook(lambda g: self._add(i, _per_row(value, g, _channel_dim(layer, value)), layer))
+                # A node of its own: the gradient through this reader alone.
+                x = args[0].clone() if self._copies(i) else args[0].view_as(args[0])
+                self._observe(i, layer, x, watched=args[0])
                 return (x, *args[1:])
 
             return [layer.register_forward_pre_hook(on_input)]
-        gate = self._after_batch_norm if isinstance(layer, _BatchNorm) else self._after_any
         inside = next(layer.children(), None) if isinstance(layer, NORMS) else None
         if inside is None:
 
-            def on_output(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-                if module is layer and _followed(output):
-                    gate(i, layer, args[0], output)
+            def on_output(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
+                if module is not layer or not _followed(output):
+                    return None
+                if type(layer).forward is not _BatchNorm.forward or len(args) != 1:
+                    return self._observe_and_hand_on(i, layer, output)
+                self._observe_batch_norm(i, layer, args[0], output)
+                return None
 
             return [layer.register_forward_hook(on_output)]
         # A normalisation with its activation inside (timm's BatchNormAct2d): the gate lies where its child reads.
@@ -127,71 +147,138 @@ class PerSampleGates:
             if module is layer:
                 inputs[:] = args[:1]
 
-        def on_inside(module: nn.Module, args: tuple[Any, ...]) -> None:
-            if module is inside and inputs and _followed(args[0]):
-                gate(i, layer, inputs.pop(), args[0])
+        def on_inside(module: nn.Module, args: tuple[Any, ...]) -> Any:
+            x = inputs.pop() if module is inside and inputs else None
+            if x is None or not _followed(args[0]):
+                return None
+            # Statistics of all processes are not to be had from this one's input.
+            if not isinstance(layer, _BatchNorm) or isinstance(layer, nn.SyncBatchNorm):
+                return (self._observe_and_hand_on(i, layer, args[0]), *args[1:])
+            self._observe_batch_norm(i, layer, x, args[0])
+            return None
 
         return [layer.register_forward_pre_hook(on_enter), inside.register_forward_pre_hook(on_inside)]
 
-    def _after_batch_norm(self, i: int, layer: nn.Module, x: Tensor, a: Tensor) -> None:
-        assert isinstance(layer, _BatchNorm)
-        from_batch = layer.training or layer.running_mean is None or layer.running_var is None
-        statistics = None if from_batch else (layer.running_mean, layer.running_var)
-        x = x.detach()
-        a.register_hook(lambda g: self._add(i, _batch_norm_rows(layer, x, g, statistics), layer))
+    def _copies(self, i: int) -> bool:
+        """Tell whether what may be overwritten must be handed on as a copy."""
+        return self._overwritten[i] is not False
 
-    def _after_any(self, i: int, layer: nn.Module, x: Tensor, a: Tensor) -> None:
-        value, version = a.detach(), a._version
-        kept = value.clone() if self._copy[i] else value
+    def _observe_and_hand_on(self, i: int, layer: nn.Module, a: Tensor) -> Tensor:
+        # Copied, not only kept: the gradient of a view never comes once the view is overwritten.
+        handed = a.clone() if self._copies(i) else a
+        self._observe(i, layer, a, watched=handed)
+        return handed
+
+    def _observe_batch_norm(self, i: int, layer: nn.Module, x: Tensor, a: Tensor) -> None:
+        # Autograd itself sees to it that nobody overwrites the input.
+        self._observe(i, layer, a, watched=x, value=x, statistics=_statistics_of(layer))
+
+    def _observe(
+        self,
+        i: int,
+        layer: nn.Module,
+        a: Tensor,
+        *,
+        watched: Tensor,
+        value: Tensor | None = None,
+        statistics: tuple[Tensor | None, Tensor | None] | None = None,
+    ) -> None:
+        """Await the gradient of an activation.
+
+        Args:
+            i: The member.
+            layer: Its layer.
+            a: The activation.
+            watched: What must not be overwritten until then, unless it is a copy.
+            value: The activation's value, or the input of the batch normalisation that made it.
+            statistics: Mean and variance that this batch normalisation used (None: the batch's own).
+        """
+        copied = value is None and self._copies(i)
+        kept, watched = (a if value is None else value).detach(), watched.detach()
+        version = watched._version
 
         def on_gradient(g: Tensor) -> None:
-            changed = value._version != version
-            if changed and not self._copy[i]:
-                raise CriterionError(f"The output of a {type(layer).__name__} was overwritten now, but not at first.")
-            self._copy[i] = changed
-            self._add(i, _per_row(kept, g, _channel_dim(layer, kept)), layer)
+            overwritten = watched._version != version
+            self._overwritten[i] = bool(self._overwritten[i]) or overwritten
+            if overwritten and not copied:
+                raise CriterionError(
+                    f"An activation at {self.members[i].path!r} was overwritten in place, which it was not before. "
+                    "From now on it is copied: run this minibatch again."
+                )
+            x, factor, shift = accumulable(kept), None, None
+            if statistics is not None:
+                factor, shift = _affine(layer, x, *statistics)
+            absolute = self.reduction == "mean-abs"
+            self._add(i, layer, *_rows(x, accumulable(g.detach()), _channel_dim(layer, kept), factor, shift, absolute))
 
         a.register_hook(on_gradient)
 
-    def _add(self, i: int, rows: Tensor, layer: nn.Module) -> None:
+    def _add(self, i: int, layer: nn.Module, rows: Tensor, positions: int) -> None:
         samples = self._samples
-        if samples == 0 or rows.shape[0] % samples:
+        if samples == 0:
             raise CriterionError(
-                f"A {type(layer).__name__} saw {rows.shape[0]} rows for {samples} samples: gradients per sample need "
-                "the samples in the first dimension throughout."
+                f"{type(self.model).__name__} itself was not called: samples are counted at its input."
+            )
+        if rows.shape[0] % samples or (isinstance(layer, nn.Embedding) and rows.shape[0] != samples):
+            raise CriterionError(
+                f"{self.members[i].path!r}, a {type(layer).__name__}, saw {rows.shape[0]} rows for {samples} samples: "
+                "gradients per sample need the samples in the first dimension throughout."
             )
         term = rows.reshape(samples, -1, rows.shape[-1]).sum(1)  # windows and patches of a sample follow each other
+        if self.reduction != "sum":
+            term = term / (positions * (rows.shape[0] // samples))
         before = self._terms[i]
         self._terms[i] = term if before is None else before + term
 
 
-def _per_row(a: Tensor, g: Tensor, dim: int) -> Tensor:
-    """Return `sum a g` over all but the first dimension and `dim`, accumulated in float32 or better."""
-    product = accumulable(a) * g
+def _rows(
+    x: Tensor, g: Tensor, dim: int, factor: Tensor | None, shift: Tensor | None, absolute: bool
+) -> tuple[Tensor, int]:
+    """Return `sum a g` over all but the first dimension and `dim`, and over how many positions.
+
+    `a` is `x`, or with a factor `factor x + shift` by channel (dimension 1). With `absolute` the sum of `|a g|`.
+    """
+    if factor is None or shift is None:
+        return _sum(x * g, dim, absolute)
+    if absolute:
+        shape = (-1, *[1] * (x.dim() - 2))
+        return _sum((x * factor.reshape(shape) + shift.reshape(shape)) * g, dim, True)
+    (product, positions), (gradient, _) = _sum(x * g, dim), _sum(g, dim)
+    return factor * product + shift * gradient, positions
+
+
+def _sum(product: Tensor, dim: int, absolute: bool = False) -> tuple[Tensor, int]:
+    product = product.abs() if absolute else product
     if product.dim() == 2:
-        return product
-    return product.movedim(dim, 1).flatten(2).sum(2)
+        return product, 1
+    product = product.movedim(dim, 1).flatten(2)
+    return product.sum(2), product.shape[2]
 
 
-def _batch_norm_rows(layer: _BatchNorm, x: Tensor, g: Tensor, statistics: tuple[Any, Any] | None) -> Tensor:
-    """Return `sum a g` of a batch normalisation from its input; `statistics` are the batch's own when None."""
-    x, g = accumulable(x), accumulable(g)
-    if statistics is None:
+def _statistics_of(layer: nn.Module) -> tuple[Tensor | None, Tensor | None]:
+    """Return the running mean and variance that a batch normalisation has used; None for the batch's own."""
+    assert isinstance(layer, _BatchNorm)
+    if layer.training or layer.running_mean is None or layer.running_var is None:
+        return None, None
+    return layer.running_mean, layer.running_var
+
+
+def _affine(layer: nn.Module, x: Tensor, mean: Tensor | None, var: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Return the factor and the shift, by channel, that a batch normalisation gave its input."""
+    assert isinstance(layer, _BatchNorm)
+    if mean is None or var is None:
         var, mean = torch.var_mean(x, [0, *range(2, x.dim())], correction=0)
-    else:
-        mean, var = statistics
-    sum_g = g if g.dim() == 2 else g.flatten(2).sum(2)
-    rows = (_per_row(x, g, 1) - mean * sum_g) * (var + layer.eps).rsqrt()
+    mean, var = accumulable(mean), accumulable(var)
+    factor = (var + layer.eps).rsqrt()
     if layer.weight is not None:
-        rows = rows * layer.weight.detach()
-    if layer.bias is not None:
-        rows = rows + layer.bias.detach() * sum_g
-    return rows
+        factor = factor * layer.weight.detach()
+    shift = -mean * factor
+    return factor, shift if layer.bias is None else shift + layer.bias.detach()
 
 
 def _channel_dim(layer: nn.Module, a: Tensor) -> int:
     """Return the dimension of an input or output of a layer that holds its channels."""
-    if isinstance(layer, nn.Linear):
+    if isinstance(layer, (nn.Linear, nn.Embedding)):
         return -1
     if isinstance(layer, nn.LayerNorm):
         width = layer.normalized_shape[0]
@@ -200,7 +287,6 @@ def _channel_dim(layer: nn.Module, a: Tensor) -> int:
     return 1
 
 
-
-def _followed(a: Tensor) -> bool:
+def _followed(a: Any) -> bool:
     """Tell whether a backward pass will come to a tensor."""
-    return torch.is_grad_enabled() and a.requires_grad
+    return torch.is_grad_enabled() and isinstance(a, Tensor) and a.requires_grad

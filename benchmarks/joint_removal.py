@@ -1,0 +1,195 @@
+"""Accuracy after removing many channels together, without any fine-tuning: Optimal Brain Surgeon against the rest.
+
+Correlation with the Oracle is not accuracy after joint removal. Each method plans from the same training images, in
+two regimes: everything in one step, and ten steps with fresh scores and batch normalisation estimated anew after
+each (for all methods alike). What is left is tested as it is.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nni_plugin.adapters.training import TrainingConfig, evaluate
+from nni_plugin.benchmarks.experiment import Experiment
+from nni_plugin.benchmarks.grid import summary
+from nni_plugin.benchmarks.presets import Preset
+from nni_plugin.budgets import Budget, Channels, MACs
+from nni_plugin.compensation import reestimate_batchnorm
+from nni_plugin.cost import count
+from nni_plugin.criteria import OBS, TaylorFisher
+from nni_plugin.methods import create_criterion
+from nni_plugin.planner import plan_channels, unchanged
+from nni_plugin.schedules import Gradual, OneShot
+from nni_plugin.workflow import cross_entropy
+
+_TRAINING = TrainingConfig(epochs=2, lr=0.1, weight_decay=5e-4, sched="cosine")
+PRESET = Preset("torch/fashion_mnist", None, _TRAINING, _TRAINING, seeds=3)
+"""How the dense networks are trained; nothing is fine-tuned here."""
+
+NETWORKS = ("resnet20", "resnet56", "vgg19_bn", "mobilenetv2_cifar")
+METHODS = (
+    "obs",
+    "taylor-fisher",
+    "taylor-fg",
+    "taylor-fo",
+    "magnitude",
+    "bn-scale",
+    "geometric-median",
+    "random",
+    "tp:taylor",
+    "tp:taylor-tuned",
+    "tp:magnitude",
+    "tp:lamp",
+    "tp:fpgm",
+    "tp:bn-scale",
+)
+VARIANTS = {
+    "obs:no-compensation": lambda: OBS(compensate=False),
+    "obs:linear": lambda: OBS(linear=True),
+    "obs:per-channel": lambda: OBS(cost_aware=False),
+    "obs:damping-.01": lambda: OBS(damping=0.01),
+    "obs:damping-1": lambda: OBS(damping=1.0),
+    "taylor-fisher:signed": lambda: TaylorFisher(signed=True),
+}
+"""Further forms by name, for the study of what matters."""
+
+
+def run(
+    networks: Sequence[str] = NETWORKS,
+    methods: Sequence[str] = METHODS,
+    seeds: Sequence[int] = (0, 1, 2),
+    macs: Sequence[float] = (0.75, 0.5, 0.25),
+    channels: Sequence[float] = (0.9, 0.8, 0.7, 0.6, 0.5),
+    regimes: Sequence[str] = ("one-shot", "gradual"),
+    images: int = 2000,
+    test_images: int = 10_000,
+    folder: Path = Path("out/joint_removal"),
+    data_dir: Path | None = None,
+) -> dict[str, Any]:
+    """Fill the grid, going on where it was; returns settings, and mean and sd over seeds of the test top-1.
+
+    Args:
+        networks: Of `nni_plugin.networks`.
+        methods: Method names, or names in `VARIANTS`.
+        seeds: Of the dense networks' training and of the images.
+        macs: Fractions of MACs kept.
+        channels: Fractions of channels kept.
+        regimes: `"one-shot"`: one step, statistics of batch normalisation as they were. `"gradual"`: ten steps.
+        images: Training images that the methods see.
+        test_images: Test images that top-1 is taken on.
+        folder: For the dense networks and one file a run.
+        data_dir: Folder of the data.
+    """
+    budgets: list[Budget] = [*(MACs(ratio) for ratio in macs), *(Channels(float(ratio)) for ratio in channels)]
+    records = []
+    for network in networks:
+        study = Experiment(PRESET, folder / network, data_dir=data_dir, network=network)
+        for seed in seeds:
+            study.base(seed)
+            cell = _Cell(study, seed, images, test_images)
+            for regime in regimes:
+                for method in methods:
+                    for budget in budgets:
+                        name = f"{regime}/seed{seed}/{method.replace(':', '_')}-{_label(budget)}"
+                        settings = {"images": images, "test_images": test_images}
+                        record = study.grid.run(name, cell.work(method, regime, budget), settings)
+                        records.append({"network": network, "seed": seed, **record})
+    return {
+        "settings": {"images": images, "test_images": test_images, "seeds": list(seeds), "preset": str(PRESET)},
+        "cells": _cells(records),
+    }
+
+
+class _Cell:
+    """One dense network with its images, loaded when the first run asks."""
+
+    def __init__(self, study: Experiment, seed: int, images: int, test_images: int) -> None:
+        self.study, self.seed, self.images, self.test_images = study, seed, images, test_images
+        self._loaded: tuple[nn.Module, list[Any], list[Any], float] | None = None
+
+    def load(self) -> tuple[nn.Module, list[Any], list[Any], float]:
+        """Return the network, minibatches to score on, minibatches to test on, and the dense top-1."""
+        if self._loaded is None:
+            data = self.study.data(self.seed)
+            model = self.study.trained_base(self.seed).eval()
+            score, test = first(data.score, self.images, self.seed), first(data.test, self.test_images)
+            self._loaded = model, score, test, evaluate(model, test, torch.device("cpu"))["top1"]
+        return self._loaded
+
+    def work(self, method: str, regime: str, budget: Budget) -> Any:
+        """Return the work of one run, for the grid."""
+
+        def do(_: Path) -> dict[str, Any]:
+            model, score, test, dense = self.load()
+            criterion = VARIANTS[method]() if method in VARIANTS else create_criterion(method)
+            gradual, begun = regime == "gradual", time.perf_counter()
+            with unchanged(model):
+                plan = plan_channels(
+                    model,
+                    score[0][0][:2],
+                    criterion,
+                    score,
+                    cross_entropy,
+                    budget,
+                    schedule=Gradual(10) if gradual else OneShot(),
+                    reestimate=gradual,
+                )
+            seconds = time.perf_counter() - begun
+            pruned = copy.deepcopy(model)
+            plan.apply(pruned, score[0][0][:2])
+            if gradual:
+                reestimate_batchnorm(pruned, score, cross_entropy)
+            before, after = (count(net, score[0][0][:1]) for net in (model, pruned))
+            return {
+                "method": method,
+                "regime": regime,
+                "target": _label(budget),
+                "top1_dense": dense,
+                "top1": evaluate(pruned, test, torch.device("cpu"))["top1"],
+                "macs_ratio": after.macs / before.macs,
+                "params_ratio": after.params / before.params,
+                "channels_kept": plan.channels_kept / (plan.channels_kept + plan.channels_removed),
+                "steps": plan.provenance["steps"],
+                "seconds": seconds,
+            }
+
+        return do
+
+
+def first(loader: Any, images: int, seed: int | None = None) -> list[tuple[Tensor, Tensor]]:
+    """Return the first images of a loader as minibatches of 100, or as many drawn by a seed."""
+    inputs, labels = (torch.cat(parts) for parts in zip(*loader, strict=True))
+    chosen = torch.arange(len(inputs))
+    if seed is not None:
+        chosen = torch.randperm(len(inputs), generator=torch.Generator().manual_seed(seed))
+    chosen = chosen[:images]
+    return list(zip(inputs[chosen].split(100), labels[chosen].split(100), strict=True))
+
+
+def _label(budget: Budget) -> str:
+    ratio = budget.ratio if isinstance(budget, MACs) else budget.count  # type: ignore[union-attr]
+    return f"{type(budget).__name__.lower()}{ratio:g}"
+
+
+def _cells(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return mean and sd over seeds for each network, regime, method and target."""
+    groups: dict[tuple[str, str, str, str], list[dict[str, Any]]] = {}
+    for record in records:
+        key = (record["network"], record["regime"], record["method"], record["target"])
+        groups.setdefault(key, []).append(record)
+    names = ("network", "regime", "method", "target")
+    values = ("top1", "top1_dense", "macs_ratio", "params_ratio", "channels_kept", "seconds")
+    return [
+        {
+            **dict(zip(names, key, strict=True)),
+            **{value: summary(record[value] for record in of_key) for value in values},
+        }
+        for key, of_key in groups.items()
+    ]

@@ -1,0 +1,113 @@
+"""`nni-plugin correlate`: how well every criterion ranks the channels of a network, judged by the Oracle."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import fields
+from importlib.util import find_spec
+from typing import Any
+
+import jsonargparse
+
+from nni_plugin.cli.arguments import above, add_common, add_data, add_model, names, number
+from nni_plugin.errors import TrainingError
+
+DESCRIPTION = "Compare criteria with the Oracle: the rank correlation of their scores with the true change of the loss."
+
+
+def add_arguments(parser: jsonargparse.ArgumentParser) -> None:
+    """Declare the flags of `correlate`."""
+    add = parser.add_argument
+    add_model(parser, required=True)
+    add_data(parser)
+    add("--methods", type=names, help="criteria, separated by commas (all: ours, tp:... and nni:...)")
+    add("--images", type=above(1), default=2000, help="training images that the criteria and the Oracle see")
+    add("--held-out-images", type=above(0), default=1000, help="further images that the Oracle alone sees")
+    add("--ignore", type=names, default=(), help="layers to leave whole, by name, separated by commas")
+    add("--pretrain-epochs", type=above(0), default=0, help="epochs to train the network first")
+    add("--pretrain-lr", type=number, default=0.1, help="learning rate of that")
+    add("--opt", type=str, default="sgd", help="optimizer of timm")
+    add("--momentum", type=number, default=0.9, help="momentum of the optimizer")
+    add("--weight-decay", type=number, default=5e-4, help="weight decay")
+    add("--sched", type=str, default="cosine", help="learning-rate schedule of timm")
+    add("--checkpoint-every", type=above(1), help="minibatches of training between checkpoints (every epoch)")
+    add("--resume", action="store_true", help="go on with the run that was interrupted in --output")
+    add_common(parser, output_required=True)
+
+
+def run(arguments: Any, command: str) -> None:
+    """Run `correlate`.
+
+    Raises:
+        NNIPluginError: Anything the user can mend.
+    """
+    missing = [name for name in ("accelerate", "torchmetrics", "sklearn", "matplotlib") if find_spec(name) is None]
+    if missing:
+        raise TrainingError(
+            f'{", ".join(missing)} not installed; correlate needs pip install "nni-plugin[train,plots]"'
+        )
+    # Accelerate and the training stack load only when they are needed.
+    from rich.console import Console
+
+    from nni_plugin.correlation_job import run_correlations
+    from nni_plugin.workspace import STATE
+
+    console = Console(highlight=False)
+    finished = (arguments.output / "correlations.json").is_file() and not (arguments.output / STATE).exists()
+    if arguments.resume and finished:
+        console.print(f"{arguments.output} holds a finished run: there is nothing to resume.", markup=False)
+        return
+    record = run_correlations(
+        _job(arguments),
+        resume=arguments.resume,
+        command=command,
+        say=lambda text: console.print(text, markup=False, soft_wrap=True),
+    )
+    console.print(_table(record))
+    console.print(f"{arguments.output}/correlations.png shows the ranks", markup=False, soft_wrap=True)
+
+
+def _job(arguments: Any) -> Any:
+    from nni_plugin.adapters.training import TrainingConfig
+    from nni_plugin.correlation_job import CorrelationJob
+
+    shared = {field.name: arguments[field.name] for field in fields(TrainingConfig) if field.name in arguments}
+    try:
+        pretrain = TrainingConfig(**{**shared, "epochs": arguments.pretrain_epochs, "lr": arguments.pretrain_lr})
+    except TrainingError as error:
+        raise TrainingError(str(error).replace("--lr", "--pretrain-lr")) from error
+    data = {
+        "batch_size": arguments.batch_size,
+        "img_size": arguments.img_size,
+        "in_chans": arguments.in_chans,
+        "num_classes": arguments.num_classes,
+        "num_workers": arguments.workers,
+    }
+    direct = {field.name: arguments[field.name] for field in fields(CorrelationJob) if field.name in arguments}
+    return CorrelationJob(**{**direct, "data_kwargs": data, "pretrain": pretrain})
+
+
+def _table(record: dict[str, Any]) -> Any:
+    from rich.table import Table
+
+    settings = record["settings"]
+    table = Table(title=f"{settings['model']} on {settings['dataset']}: rank correlation with the Oracle")
+    columns = {
+        "criterion": None,
+        "Spearman": "spearman",
+        "per group": "spearman_per_group",
+        "held out": "spearman_held_out",
+        "Kendall": "kendall",
+        "seconds": "seconds",
+    }
+    for heading, key in columns.items():
+        table.add_column(heading, justify="left" if key is None else "right")
+    best_first = sorted(record["criteria"].items(), key=lambda item: _or_least(item[1]["spearman"]), reverse=True)
+    for method, row in best_first:
+        cells = (row[key] for key in columns.values() if key is not None)
+        table.add_row(method, *("-" if cell is None else f"{cell:.3f}" for cell in cells))
+    return table
+
+
+def _or_least(value: float | None) -> float:
+    return -math.inf if value is None else value

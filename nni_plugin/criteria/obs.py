@@ -1,0 +1,188 @@
+"""Optimal Brain Surgeon on joint channel gates: all interactions, and compensation by the gates that stay.
+
+Scores rank channels one by one; pruning removes many at once. The per-sample gradients of all joint gates, which
+one backward pass gives, hold the whole empirical Fisher matrix over all gates of the network. Gates are removed
+greedily under that quadratic model of the loss, each removal moving all other gates to where the loss is least;
+what the surviving gates have become is folded into the layers that write them (:mod:`nni_plugin.criteria.quadratic`).
+
+Hassibi & Stork, "Second order derivatives for network pruning: Optimal Brain Surgeon", 1993. Nearest relatives: the
+diagonal of the same matrix is Group Fisher Pruning (Liu et al., ICML 2021); the Combinatorial Brain Surgeon (Yu et
+al., ICML 2022) weighs interactions between single weights; Optimal Brain Connection (arXiv 2508.05521) between
+structures, without compensation by gates.
+
+Cost: that of Taylor-Fisher for the data, then a few seconds of linear algebra; see the quadratic model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from nni_plugin.criteria import quadratic
+from nni_plugin.criteria.base import Conclusion, Criterion
+from nni_plugin.criteria.gate_criterion import GateCriterion, Gates, Sums
+from nni_plugin.errors import CriterionError
+from nni_plugin.groups import ChannelGroup
+
+DAMPINGS = (0.01, 0.03, 0.1, 0.3, 1.0)
+"""What `damping="auto"` chooses from."""
+
+
+class OBS(GateCriterion):
+    """Selection with compensation over all groups together; as a plain criterion its score is the order of removal.
+
+    Args:
+        gates: Where the gate lies, see :class:`GateCriterion`. Only gates on layers that write the channel can
+            compensate; the others can be removed.
+        damping: Added to the diagonal of the Fisher matrix, in units of its mean; `"auto"`: for compensation, the
+            one of `DAMPINGS` under which the held-out fifth of the samples loses least.
+        compensate: Whether the gates that stay move; without it only the order is used.
+        linear: Let the mean gradient pull too. Off: the network is taken as trained.
+        cost_aware: Remove what loses least per MAC (or whatever the budget counts) instead of per channel.
+        max_samples: Rows kept; once there are so many, further minibatches are not looked at.
+    """
+
+    per_sample = True
+    predicts = True
+    needs_groups = True
+    is_ranking = True
+
+    def __init__(
+        self,
+        gates: Gates = "auto",
+        damping: float | Literal["auto"] = "auto",
+        compensate: bool = True,
+        linear: bool = False,
+        cost_aware: bool = True,
+        max_samples: int = 4096,
+    ) -> None:
+        if damping != "auto" and (isinstance(damping, (str, bool)) or not damping > 0):
+            raise CriterionError(f"damping must be a number above 0 or 'auto', got {damping!r}.")
+        if isinstance(max_samples, bool) or max_samples < 1:
+            raise CriterionError(f"max_samples must be an integer of at least 1, got {max_samples!r}.")
+        self.damping, self.compensate, self.linear, self.cost_aware = damping, compensate, linear, cost_aware
+        self.max_samples = max_samples
+        super().__init__(gates)
+
+    @contextmanager
+    def collect(self, model: nn.Module, groups: Sequence[ChannelGroup] = ()) -> Iterator[Criterion]:
+        """Watch a network while minibatches run, see :meth:`GateCriterion.collect`; the groups must be given."""
+        with super().collect(model, groups):
+            assert self._model is not None
+            can = [torch.full((group.width,), self._can_compensate(self._model, group)) for group in groups]
+            self._movable = torch.cat(can)
+            yield self
+
+    def reset(self) -> None:
+        """Forget everything collected."""
+        super().reset()
+        self._gradients: list[Tensor] = []
+        self._position: Tensor | None = None
+
+    def _gather(self, model: nn.Module) -> None:
+        assert self._layout is not None
+        rows = self._layout.joint(self._terms(model, self._layout.members))
+        rows = rows[: max(self.max_samples - self.samples, 0)].detach().cpu()
+        self._gradients.append(rows)
+        self.samples += len(rows)
+        self._position = None
+
+    def _can_compensate(self, model: nn.Module, group: ChannelGroup) -> bool:
+        """Tell whether a factor on the gate of each channel can be folded into the layers that write it."""
+        if self._members(model, group) != group.writers:
+            return False
+        for writer in group.writers:
+            pieces = [p for p in writer.slices if not p.tensor.rpartition(".")[2].startswith("running_")]
+            if not pieces or any(len(p.index) != len(writer.index) for p in pieces):
+                return False
+        return True
+
+    # -- what the pruner asks ----------------------------------------------------------------------------
+
+    def _score(self, group: ChannelGroup) -> Tensor:
+        assert self._layout is not None
+        if self._position is None:
+            self._position = self._order()
+        return self._position[self._layout.gates_of(group)]
+
+    def _order(self) -> Tensor:
+        """Return the position of each gate in the order of removal, float64, shape `[gates]`."""
+        assert self._layout is not None
+        gradients = torch.cat(self._gradients)
+        if not bool(torch.isfinite(gradients).all()):
+            return torch.full((self._layout.size,), torch.nan)
+        costs = torch.ones(self._layout.size, dtype=torch.float64)
+        if self.cost_aware and self.costs:
+            for name, part in self._layout.split(costs).items():
+                part.fill_(max(self.costs[name], 1e-12))
+        alive = (gradients != 0).any(0)
+        damping = 0.1 if self.damping == "auto" else self.damping
+        position = torch.zeros(self._layout.size, dtype=torch.float64)  # gates without any gradient go first
+        order = quadratic.removal_order(gradients[:, alive], damping, costs[alive])
+        position[alive.nonzero().flatten()[order]] = torch.arange(1, len(order) + 1, dtype=torch.float64)
+        return position
+
+    def conclude(self, before: Mapping[str, Tensor], kept: Mapping[str, Tensor]) -> Conclusion:
+        """Return the factors of the gates that stay, and the loss change that the quadratic model expects."""
+        assert self._layout is not None
+        gradients = torch.cat(self._gradients)
+        removed = torch.ones(self._layout.size, dtype=torch.bool)
+        for name, part in self._layout.split(removed).items():
+            part[kept[name]] = False
+        z = (~removed).double()
+        if self.compensate:
+            damping = self._best_damping(gradients, removed) if self.damping == "auto" else self.damping
+            z = quadratic.compensation(gradients, removed, damping, movable=self._movable, linear=self.linear)
+        movable = self._layout.split(self._movable)
+        factors = {
+            name: part for name, part in self._layout.split(z).items() if self.compensate and bool(movable[name].all())
+        }
+        return Conclusion(factors, quadratic.loss_change(gradients, z, linear=self.linear))
+
+    def _best_damping(self, gradients: Tensor, removed: Tensor) -> float:
+        held_out = torch.arange(len(gradients)) % 5 == 0
+        if len(gradients) < 10:
+            return DAMPINGS[2]
+        losses = []
+        for damping in DAMPINGS:
+            z = quadratic.compensation(
+                gradients[~held_out], removed, damping, movable=self._movable, linear=self.linear
+            )
+            losses.append(quadratic.loss_change(gradients[held_out], z, linear=self.linear))
+        return DAMPINGS[losses.index(min(losses))]
+
+    def loss_changes(self, group: ChannelGroup) -> Tensor | None:
+        """Return None: what a removal costs depends on what else goes."""
+        return None
+
+    # -- state -------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the rows collected."""
+        return {**super().state_dict(), "gradients": list(self._gradients)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Put back what :meth:`state_dict` returned."""
+        super().load_state_dict(state)
+        self._gradients, self._position = list(state["gradients"]), None
+
+    def all_reduce(self) -> None:
+        """Gather the rows of every process, in the order of ranks."""
+        super().all_reduce()
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            assert self._layout is not None
+            mine = torch.cat(self._gradients) if self._gradients else torch.zeros(0, self._layout.size)
+            everyone: list[Any] = [None] * torch.distributed.get_world_size()
+            torch.distributed.all_gather_object(everyone, mine)
+            self._gradients, self._position = list(everyone), None
+            self.samples = sum(len(rows) for rows in everyone)
+
+    def _statistics(self, joint: Tensor) -> Sums:
+        raise NotImplementedError("OBS keeps rows, not sums.")
+
+    def _scores(self, mean: Sums) -> Tensor:
+        raise NotImplementedError("OBS orders all groups together.")

@@ -1,0 +1,212 @@
+"""The loss as a quadratic function of all gates, from the gradients of single samples: order of removal, compensation.
+
+Hassibi & Stork, "Second order derivatives for network pruning: Optimal Brain Surgeon", 1993 (diagonal: LeCun et al.,
+1990), on the joint channel gates of a network instead of its weights. With the gates' per-sample gradients as rows
+of `G` (`N x M`), the empirical Fisher is `F = G^T G / N`, and `H = F + damping * mean(diag F) * I`. With `d = z - 1`:
+
+- removing gate `m` where the others are free to move costs `z_m^2 / (2 [H^-1]_mm)` and moves them by
+  `-[H^-1]_:m z_m / [H^-1]_mm`; then `H^-1` of what remains is a rank-one downdate away (:func:`removal_order`);
+- for a given set of removed gates the best values of the others have a closed form, whatever the order:
+  `d_K = H_KK^-1 H_KR 1` (:func:`compensation`).
+
+Work and memory. `H^-1` is held as a matrix up to `DENSE` gates (`8 M^2` bytes, 134 MB at 4,096). Above, the
+matrix inversion lemma writes it through `N x N` systems: two arrays of `N x M` floats (at 2,000 samples 180 MB for
+11,392 gates, 1.04 GB for 65,000), and the order takes about `2 N M^2` multiplications in all. Gates go in chunks:
+within a chunk removals see each other exactly among a pool of candidates; the rest is updated after each chunk.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+import torch
+from torch import Tensor
+
+DENSE = 4096
+"""Most gates for which the inverse is held as a matrix."""
+
+POOL = 4
+"""Candidates looked at for each gate that goes in a chunk."""
+
+
+def damped(gradients: Tensor, damping: float) -> float:
+    """Return what is added to the diagonal of the Fisher matrix: `damping` times the mean of its diagonal."""
+    return max(damping * float(gradients.double().square().sum() / gradients.numel()), 1e-30)
+
+
+def removal_order(
+    gradients: Tensor, damping: float = 0.1, costs: Tensor | None = None, *, chunk: int | None = None
+) -> Tensor:
+    """Rank gates by greedy removal with compensation: next goes the one that costs least loss (per unit of cost).
+
+    Args:
+        gradients: Gate gradients of single samples, shape `[N, M]`.
+        damping: Added to the diagonal, in units of its mean.
+        costs: What removing each gate saves, positive, shape `[M]`; None: all the same.
+        chunk: Gates removed between two exact updates of all others; None: 1 up to 512 gates, then
+            1/100 of them.
+
+    Returns:
+        Gates in the order of their removal, int64, shape `[M]`.
+    """
+    gates = gradients.shape[1]
+    if gates == 0:
+        return torch.empty(0, dtype=torch.int64)
+    inverse = _inverse(gradients, damped(gradients, damping))
+    chunk = chunk or (gates // 100 if gates > 512 else 1)
+    value = torch.ones(gates, dtype=torch.float64)
+    cost = torch.ones(gates, dtype=torch.float64) if costs is None else costs.double()
+    alive = torch.arange(gates)
+    order: list[Tensor] = []
+    while len(alive):
+        loss = 0.5 * value.square() / inverse.diagonal()
+        count = min(chunk, len(alive))
+        pool = torch.topk(loss / cost[alive], min(POOL * count, len(alive)), largest=False).indices
+        gone = pool[_greedy(inverse.block(pool), value[pool], cost[alive][pool], count)]
+        order.append(alive[gone])
+        value = value - inverse.columns(gone) @ torch.linalg.solve(inverse.block(gone), value[gone])
+        stays = torch.ones(len(alive), dtype=torch.bool)
+        stays[gone] = False
+        inverse.remove(gone, stays)
+        value, alive = value[stays], alive[stays]
+    return torch.cat(order)
+
+
+def compensation(
+    gradients: Tensor, removed: Tensor, damping: float = 0.1, *, movable: Tensor | None = None, linear: bool = False
+) -> Tensor:
+    """Return the gates' best values once some are zero.
+
+    Args:
+        gradients: Gate gradients of single samples, shape `[N, M]`.
+        removed: Which gates are zero: bool, shape `[M]`.
+        damping: Added to the diagonal, in units of its mean.
+        movable: Which of the others may move; None: all.
+        linear: Let the mean gradient pull too (a damped Newton step), instead of taking the network as trained.
+
+    Returns:
+        `z`, float64, shape `[M]`: zero where removed, one where it may not move.
+    """
+    gradients = gradients.double()
+    free = ~removed if movable is None else movable & ~removed
+    kept, ridge, samples = gradients[:, free], damped(gradients, damping), len(gradients)
+    target = gradients[:, removed].sum(1)
+    if linear:
+        target = target - 1.0
+    z = (~removed).double()
+    if kept.shape[1] <= samples:
+        system = kept.T @ kept / samples
+        system.diagonal().add_(ridge)
+        z[free] += torch.linalg.solve(system, kept.T @ target / samples)
+    else:
+        system = kept @ kept.T
+        system.diagonal().add_(samples * ridge)
+        z[free] += kept.T @ torch.linalg.solve(system, target)
+    return z
+
+
+def loss_change(gradients: Tensor, z: Tensor, *, linear: bool = False) -> float:
+    """Return the quadratic model's loss change when the gates go from 1 to `z`: `1/2 d F d` (`+ g d` when linear)."""
+    along = gradients.double() @ (z.double() - 1)
+    return float(0.5 * along.square().mean() + (along.mean() if linear else 0.0))
+
+
+def _greedy(block: Tensor, value: Tensor, cost: Tensor, count: int) -> Tensor:
+    """Choose `count` gates of a pool one by one, each removal felt by the others of the pool."""
+    block, value = block.clone(), value.clone()
+    chosen = []
+    gone = torch.zeros(len(value), dtype=torch.bool)
+    for _ in range(count):
+        loss = 0.5 * value.square() / block.diagonal() / cost
+        loss[gone] = torch.inf
+        m = int(loss.argmin())
+        chosen.append(m)
+        gone[m] = True
+        column = block[:, m] / block[m, m]
+        value = value - column * value[m]
+        block = block - torch.outer(column, block[m])
+        block.diagonal()[gone] = 1.0
+    return torch.tensor(chosen)
+
+
+class _Inverse(ABC):
+    """`H^-1` of the gates that are alive, by their present positions; float64 results."""
+
+    @abstractmethod
+    def diagonal(self) -> Tensor:
+        """Return `[alive]`."""
+
+    @abstractmethod
+    def columns(self, at: Tensor) -> Tensor:
+        """Return `[alive, len(at)]`."""
+
+    @abstractmethod
+    def block(self, at: Tensor) -> Tensor:
+        """Return `[len(at), len(at)]`."""
+
+    @abstractmethod
+    def remove(self, gone: Tensor, stays: Tensor) -> None:
+        """Go to the inverse over the gates that stay."""
+
+
+class _Matrix(_Inverse):
+    """The inverse itself."""
+
+    def __init__(self, gradients: Tensor, ridge: float) -> None:
+        gradients = gradients.double()
+        fisher = gradients.T @ gradients / len(gradients)
+        fisher.diagonal().add_(ridge)
+        self.inverse = torch.cholesky_inverse(torch.linalg.cholesky(fisher))
+
+    def diagonal(self) -> Tensor:
+        return self.inverse.diagonal()
+
+    def columns(self, at: Tensor) -> Tensor:
+        return self.inverse[:, at]
+
+    def block(self, at: Tensor) -> Tensor:
+        return self.inverse[at][:, at]
+
+    def remove(self, gone: Tensor, stays: Tensor) -> None:
+        rows = self.inverse[gone][:, stays]
+        self.inverse = self.inverse[stays][:, stays] - rows.T @ torch.linalg.solve(self.block(gone), rows)
+
+
+class _LowRank(_Inverse):
+    """`H^-1 = (I - G^T B) / ridge` with `B = (N ridge I + G G^T)^-1 G`, over the columns that are alive."""
+
+    def __init__(self, gradients: Tensor, ridge: float) -> None:
+        self.rows, self.ridge = gradients.float(), ridge
+        system = (gradients.float() @ gradients.float().T).double()
+        system.diagonal().add_(len(gradients) * ridge)
+        # Rank-one corrections of both by chunks: see `remove`.
+        self.solved = torch.cholesky_solve(gradients.double(), torch.linalg.cholesky(system)).float()
+        self._dots = self._diagonal()
+
+    def _diagonal(self) -> Tensor:
+        return torch.linalg.vecdot(self.rows, self.solved, dim=0).double()
+
+    def diagonal(self) -> Tensor:
+        return ((1 - self._dots) / self.ridge).clamp_min(1e-12 / self.ridge)
+
+    def columns(self, at: Tensor) -> Tensor:
+        product = -(self.rows.T @ self.solved[:, at]).double()
+        product[at, torch.arange(len(at))] += 1
+        return product / self.ridge
+
+    def block(self, at: Tensor) -> Tensor:
+        product = self.rows[:, at].double().T @ self.solved[:, at].double()
+        product = 0.5 * (product + product.T)
+        return (torch.eye(len(at), dtype=torch.float64) - product) / self.ridge
+
+    def remove(self, gone: Tensor, stays: Tensor) -> None:
+        core = torch.linalg.inv(self.block(gone) * self.ridge)
+        left = self.solved[:, gone] @ core.float()
+        right = self.rows[:, gone].T @ self.solved
+        self.solved = self.solved.addmm_(left, right)[:, stays]
+        self.rows = self.rows[:, stays]
+        self._dots = self._diagonal()
+
+
+def _inverse(gradients: Tensor, ridge: float) -> _Inverse:
+    return _Matrix(gradients, ridge) if gradients.shape[1] <= DENSE else _LowRank(gradients, ridge)

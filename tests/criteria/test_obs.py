@@ -1,0 +1,216 @@
+"""Optimal Brain Surgeon on joint gates: what the plan carries, what it wins, what it refuses."""
+
+import copy
+from functools import cache
+
+import pytest
+import torch
+import torch.nn.functional as F
+import torch_pruning as tp
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from networks_at_random import Recipe, assert_same, networks, randomise, state_of
+from sklearn.datasets import load_digits
+from torch import Tensor, nn
+
+import nni_plugin
+from nni_plugin.adapters.torch_pruning import find_groups
+from nni_plugin.budgets import Channels, MACs
+from nni_plugin.channel_pruner import ChannelPruner
+from nni_plugin.criteria import OBS, TaylorFO
+from nni_plugin.errors import CriterionError
+from nni_plugin.networks.resnet import ResNet
+from nni_plugin.plan import PruningPlan
+from nni_plugin.planner import plan_channels
+from nni_plugin.schedules import Gradual, Iterative, OneShot
+
+Batch = tuple[Tensor, Tensor]
+
+
+def loss_of(model: nn.Module, batch: Batch) -> Tensor:
+    return F.cross_entropy(model(batch[0]), batch[1])
+
+
+@cache
+def digits() -> tuple[Tensor, Tensor]:
+    """Scikit-learn's digits: 1,797 real images of 8 x 8."""
+    images, labels = load_digits(return_X_y=True)
+    return torch.tensor(images).reshape(-1, 1, 8, 8) / 16, torch.tensor(labels)
+
+
+def batches(number: int = 4, size: int = 64) -> list[Batch]:
+    images, labels = digits()
+    return [(images[i : i + size], labels[i : i + size]) for i in range(0, number * size, size)]
+
+
+def small_resnet() -> nn.Module:
+    """A ResNet-8 trained on the digits for six epochs, in eval mode, float64."""
+    torch.manual_seed(0)
+    model = ResNet(1, num_classes=10, in_chans=1).double()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+    for batch in batches(28) * 6:
+        optimizer.zero_grad()
+        loss_of(model, batch).backward()
+        optimizer.step()
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def resnet() -> nn.Module:
+    return small_resnet()
+
+
+def mean_loss(model: nn.Module) -> float:
+    with torch.no_grad():
+        return sum(float(loss_of(model, batch)) for batch in batches()) / 4
+
+
+def pruned(model: nn.Module, plan: PruningPlan) -> nn.Module:
+    return plan.apply(copy.deepcopy(model), batches()[0][0])
+
+
+def test_loses_less_than_ranking_one_by_one(resnet: nn.Module) -> None:
+    losses = {}
+    for name, criterion in {
+        "obs": OBS(cost_aware=False),
+        "order": OBS(cost_aware=False, compensate=False),
+        "fo": TaylorFO(),
+    }.items():
+        plan = plan_channels(resnet, batches()[0][0], criterion, batches(), loss_of, Channels(0.7))
+        losses[name] = mean_loss(pruned(resnet, plan)) - mean_loss(resnet)
+    assert losses["obs"] < losses["order"] < losses["fo"]
+
+
+def test_plan_carries_factors_and_keeps_them_in_json(resnet: nn.Module) -> None:
+    plan = plan_channels(resnet, batches()[0][0], OBS(), batches(), loss_of, MACs(0.6))
+    assert any(group.factors for group in plan.groups)
+    assert PruningPlan.from_json(plan.to_json()) == plan
+    parity = nni_plugin.verify(resnet, plan, batches()[0][0])
+    assert parity.max_rel < 1e-12
+    without = PruningPlan.from_json(plan.to_json())
+    for group in without.groups:
+        object.__setattr__(group, "factors", None)
+    assert mean_loss(pruned(resnet, plan)) < mean_loss(pruned(resnet, without))
+
+
+def test_model_is_unchanged_by_planning(resnet: nn.Module) -> None:
+    before = state_of(resnet)
+    plan_channels(resnet, batches()[0][0], OBS(), batches(), loss_of, MACs(0.6), schedule=Gradual(3), reestimate=True)
+    assert_same(resnet, before)
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in resnet.modules())
+
+
+def test_factors_of_several_steps_multiply(resnet: nn.Module) -> None:
+    """The network that the pruner leaves masked and compensated is the one that the plan makes of the dense one."""
+    model = copy.deepcopy(resnet)
+    images = batches()[0][0]
+    pruner = ChannelPruner(model, images, OBS(), MACs(0.6), schedule=Gradual(4, minibatches=2), cut="never")
+    with pruner:
+        while not pruner.done:
+            for batch in batches():
+                model.zero_grad()
+                loss = loss_of(model, batch)
+                loss.backward()
+                pruner.on_backward(float(loss.detach()))
+                pruner.on_step()
+    assert len(pruner.steps) == 4
+    with torch.no_grad():
+        expected = model(images)
+        torch.testing.assert_close(pruned(resnet, pruner.plan())(images), expected, rtol=1e-9, atol=1e-9)
+        pruner.cut()
+        torch.testing.assert_close(model(images), expected, rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(pruned(resnet, model.pruning_plan)(images), expected, rtol=1e-9, atol=1e-9)
+
+
+def test_state_goes_on_with_the_same_plan(resnet: nn.Module) -> None:
+    plans = []
+    for interrupted in (False, True):
+        model, images = copy.deepcopy(resnet), batches()[0][0]
+
+        def make(model: nn.Module = model, images: Tensor = images) -> ChannelPruner:
+            return ChannelPruner(model, images, OBS(), Channels(0.8), schedule=Iterative(20, 4), cut="end")
+
+        pruner, weights = make(), {}
+        for number, batch in enumerate(batches() * 9):
+            if interrupted and number == 6:  # in the middle of the second window
+                state, weights = pruner.state_dict(), copy.deepcopy(model.state_dict())
+                pruner.close()
+                model.load_state_dict(resnet.state_dict())
+                pruner = make()
+                pruner.load_state_dict(state)
+                model.load_state_dict(weights)
+            if pruner.done:
+                break
+            pruner.open()
+            model.zero_grad()
+            loss = loss_of(model, batch)
+            loss.backward()
+            pruner.on_backward(float(loss.detach()))
+            pruner.on_step()
+        assert pruner.done
+        plans.append(pruner.plan())
+    assert plans[0] == plans[1]
+
+
+def test_predicted_change_meets_the_measured_one(resnet: nn.Module) -> None:
+    plan = plan_channels(
+        resnet, batches()[0][0], OBS(linear=True), batches(), loss_of, Channels(0.95), schedule=OneShot()
+    )
+    (step,) = plan.provenance["steps"]
+    assert plan.predicted_loss_change == step["predicted_loss_change"]
+    measured = mean_loss(pruned(resnet, plan)) - mean_loss(resnet)
+    assert step["loss_change"] == pytest.approx(measured, abs=1e-9)
+
+
+def test_cost_aware_needs_fewer_channels_for_the_same_macs(resnet: nn.Module) -> None:
+    removed = {
+        aware: plan_channels(
+            resnet, batches()[0][0], OBS(cost_aware=aware), batches(), loss_of, MACs(0.7)
+        ).channels_removed
+        for aware in (True, False)
+    }
+    assert removed[True] != removed[False]
+
+
+@settings(max_examples=15, deadline=None)
+@given(networks(), st.integers(0, 3))
+def test_masked_is_compact_with_factors_on_random_networks(recipe: Recipe, seed: int) -> None:
+    model = randomise(recipe.build(), seed).double().eval()
+    images = torch.randn(12, 3, 8, 8, dtype=torch.float64)
+    data = [(images, torch.randint(0, 3, (12,)))]
+    groups = [group for group in find_groups(model, images) if group.fixed is None]
+    if not groups:
+        return
+    plan = plan_channels(model, images, OBS(), data, loss_of, Channels(0.7))
+    assert nni_plugin.verify(model, plan, images).max_rel < 1e-8
+
+
+def test_as_importance_of_a_stock_pruner(resnet: nn.Module) -> None:
+    model, images = copy.deepcopy(resnet), batches()[0][0]
+    obs = OBS()
+    groups = [group for group in find_groups(model, images) if group.fixed is None]
+    with obs.collect(model, groups):
+        for batch in batches():
+            model.zero_grad()
+            loss_of(model, batch).backward()
+            obs.update()
+    before = sum(parameter.numel() for parameter in model.parameters())
+    pruner = tp.pruner.BasePruner(
+        model, images, importance=obs, global_pruning=True, pruning_ratio=0.3, ignored_layers=[model.fc]
+    )
+    pruner.step()
+    assert sum(parameter.numel() for parameter in model.parameters()) < 0.8 * before
+    assert model(images).shape == (64, 10)
+
+
+def test_refuses_what_it_cannot_do(resnet: nn.Module) -> None:
+    with pytest.raises(CriterionError, match="damping must be a number above 0"):
+        OBS(damping=0.0)
+    with pytest.raises(CriterionError, match=r"pass them to collect\(\)"), OBS().collect(resnet):
+        pass
+    obs = OBS()
+    groups = [group for group in find_groups(resnet, batches()[0][0]) if group.fixed is None]
+    with obs.collect(resnet, groups), pytest.raises(CriterionError, match="No gradient came"):
+        obs.update()
+    with pytest.raises(CriterionError, match="seen no minibatch"):
+        obs(groups[0])

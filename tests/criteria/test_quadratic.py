@@ -1,0 +1,106 @@
+"""The quadratic model against brute force: order of removal, compensation, and the two forms of the inverse."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from nni_plugin.criteria import quadratic
+
+
+def gradients(samples: int, gates: int, seed: int = 0) -> Tensor:
+    """Correlated rows of different sizes."""
+    generator = torch.Generator().manual_seed(seed)
+    mix = torch.randn(gates, gates, generator=generator, dtype=torch.float64)
+    rows = torch.randn(samples, gates, generator=generator, dtype=torch.float64) @ mix
+    return rows * torch.rand(gates, generator=generator, dtype=torch.float64)
+
+
+def least_loss(hessian: Tensor, removed: list[int]) -> tuple[float, Tensor]:
+    """Minimise 1/2 d H d with d = -1 on the removed gates, by plain linear algebra."""
+    kept = [i for i in range(len(hessian)) if i not in removed]
+    d = torch.zeros(len(hessian), dtype=torch.float64)
+    d[removed] = -1
+    if kept:
+        d[kept] = -torch.linalg.solve(hessian[kept][:, kept], hessian[kept][:, removed] @ d[removed])
+    return float(0.5 * d @ hessian @ d), 1 + d
+
+
+def hessian_of(rows: Tensor, damping: float) -> Tensor:
+    fisher = rows.T @ rows / len(rows)
+    return fisher + quadratic.damped(rows, damping) * torch.eye(len(fisher), dtype=torch.float64)
+
+
+@pytest.mark.parametrize("samples", [15, 60])
+@pytest.mark.parametrize("damping", [0.01, 0.1, 1.0])
+@pytest.mark.parametrize("low_rank", [False, True])
+def test_order_is_greedy_with_compensation(
+    samples: int, damping: float, low_rank: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if low_rank:
+        monkeypatch.setattr(quadratic, "DENSE", 0)
+    rows = gradients(samples, 18)
+    hessian = hessian_of(rows, damping)
+    removed: list[int] = []
+    while len(removed) < 17:
+        rest = [m for m in range(18) if m not in removed]
+        removed.append(min(rest, key=lambda m: least_loss(hessian, [*removed, m])[0]))
+    assert quadratic.removal_order(rows, damping).tolist()[:17] == removed
+
+
+def test_costs_divide_the_loss() -> None:
+    rows = torch.eye(6, dtype=torch.float64) * torch.arange(1.0, 7.0, dtype=torch.float64)
+    assert quadratic.removal_order(rows).tolist() == [0, 1, 2, 3, 4, 5]
+    costs = torch.tensor([1.0, 1, 1, 1, 1, 1000])
+    assert quadratic.removal_order(rows, costs=costs).tolist() == [5, 0, 1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("low_rank", [False, True])
+def test_chunks_come_close_to_single_steps(low_rank: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = gradients(80, 60, seed=3)
+    hessian = hessian_of(rows, 0.1)
+    single = quadratic.removal_order(rows, chunk=1)
+    if low_rank:
+        monkeypatch.setattr(quadratic, "DENSE", 0)
+    chunked = quadratic.removal_order(rows, chunk=5)
+    assert sorted(chunked.tolist()) == list(range(60))
+    for count in (10, 20, 30):
+        one, many = (least_loss(hessian, order[:count].tolist())[0] for order in (single, chunked))
+        assert many <= 1.02 * one
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(3, 40), st.integers(2, 30), st.integers(0, 9), st.sampled_from([0.01, 0.1, 1.0]))
+def test_compensation_is_the_minimum(samples: int, gates: int, seed: int, damping: float) -> None:
+    rows = gradients(samples, gates, seed)
+    removed = torch.rand(gates, generator=torch.Generator().manual_seed(seed)) < 0.5
+    z = quadratic.compensation(rows, removed, damping)
+    _, expected = least_loss(hessian_of(rows, damping), removed.nonzero().flatten().tolist())
+    torch.testing.assert_close(z, expected, rtol=1e-7, atol=1e-7)
+
+
+def test_only_movable_gates_move() -> None:
+    rows = gradients(30, 10)
+    removed, movable = torch.zeros(10, dtype=torch.bool), torch.arange(10) < 6
+    removed[[1, 8]] = True
+    z = quadratic.compensation(rows, removed, movable=movable)
+    assert z[removed].tolist() == [0, 0]
+    assert z[[6, 7, 9]].tolist() == [1, 1, 1]
+    assert not bool((z[[0, 2, 3, 4, 5]] == 1).any())
+
+
+def test_linear_term_is_a_damped_newton_step() -> None:
+    rows = gradients(30, 8)
+    none = torch.zeros(8, dtype=torch.bool)
+    expected = 1 - torch.linalg.solve(hessian_of(rows, 0.1), rows.mean(0))
+    torch.testing.assert_close(quadratic.compensation(rows, none, 0.1, linear=True), expected)
+    torch.testing.assert_close(quadratic.compensation(rows, none, 0.1), torch.ones(8, dtype=torch.float64))
+
+
+def test_loss_change_is_the_quadratic_form() -> None:
+    rows = gradients(20, 5)
+    z = torch.tensor([0, 1.2, 1, 0.7, 0], dtype=torch.float64)
+    d, fisher = z - 1, rows.T @ rows / 20
+    assert quadratic.loss_change(rows, z) == pytest.approx(float(0.5 * d @ fisher @ d))
+    assert quadratic.loss_change(rows, z, linear=True) == pytest.approx(float(0.5 * d @ fisher @ d + rows.mean(0) @ d))

@@ -1,0 +1,64 @@
+"""Factors folded into writers, and statistics of batch normalisations estimated anew."""
+
+import copy
+
+import pytest
+import torch
+from networks_at_random import assert_same, state_of
+from torch import nn
+
+from nni_plugin.adapters.torch_pruning import find_groups
+from nni_plugin.compensation import fold_factors, reestimate_batchnorm
+from nni_plugin.errors import DataError
+from nni_plugin.networks import resnet20
+
+
+@pytest.fixture
+def model() -> nn.Module:
+    torch.manual_seed(0)
+    network = resnet20(num_classes=3, in_chans=3).double()
+    network(torch.randn(16, 3, 8, 8, dtype=torch.float64))  # statistics that are not the initial ones
+    return network.eval()
+
+
+def test_a_factor_scales_what_the_readers_read(model: nn.Module) -> None:
+    images = torch.randn(4, 3, 8, 8, dtype=torch.float64)
+    group = next(g for g in find_groups(model, images) if g.fixed is None and len(g.readers) == 1)
+    factors = torch.linspace(0.5, 2, group.width, dtype=torch.float64)
+    (reader,) = group.readers
+    expected = copy.deepcopy(model)
+    weight = expected.get_submodule(reader.path).weight
+    with torch.no_grad():  # scaling before a ReLU is scaling after it
+        weight[:, reader.index] *= factors[reader.channel][None, :, None, None]
+        fold_factors(model, [group], {group.name: factors})
+        torch.testing.assert_close(model(images), expected(images))
+
+
+def test_statistics_are_the_means_over_minibatches(model: nn.Module) -> None:
+    batches = [torch.randn(32, 3, 8, 8, dtype=torch.float64) * 3 + 1 for _ in range(3)]
+    modes = {name: module.training for name, module in model.named_modules()}
+    weights = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    reestimate_batchnorm(model, batches, lambda network, batch: network(batch))
+    first = next(m for m in model.modules() if isinstance(m, nn.BatchNorm2d))
+    conv = next(m for m in model.modules() if isinstance(m, nn.Conv2d))
+    with torch.no_grad():
+        maps = [conv(batch) for batch in batches]
+    torch.testing.assert_close(first.running_mean, torch.stack([m.mean([0, 2, 3]) for m in maps]).mean(0))
+    torch.testing.assert_close(first.running_var, torch.stack([m.var([0, 2, 3]) for m in maps]).mean(0))
+    assert modes == {name: module.training for name, module in model.named_modules()}
+    assert all(torch.equal(parameter, weights[name]) for name, parameter in model.named_parameters())
+    assert first.momentum == 0.1
+
+
+def test_without_minibatches_nothing_changes(model: nn.Module) -> None:
+    before = state_of(model)
+    with pytest.raises(DataError, match="no minibatch"):
+        reestimate_batchnorm(model, [], lambda network, batch: network(batch))
+    assert_same(model, before)
+
+
+def test_without_batch_normalisation_nothing_happens() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.GroupNorm(2, 4))
+    before = state_of(model)
+    reestimate_batchnorm(model, [torch.randn(2, 3, 4, 4)], lambda network, batch: network(batch))
+    assert_same(model, before)
