@@ -20,6 +20,7 @@ import jsonargparse
 from nni_plugin.benchmarks import (
     correlations,
     fashion_mnist,
+    joint_removal,
     oracle_speed,
     resnet20_table4,
     resnet101_schedule,
@@ -36,6 +37,7 @@ BENCHMARKS: dict[str, ModuleType] = {
     "resnet20_table4": resnet20_table4,
     "schedules_fig6": schedules_fig6,
     "correlations": correlations,
+    "joint_removal": joint_removal,
     "oracle_speed": oracle_speed,
 }
 """Each has `run(**options)`, whose typed arguments are its options, and may have `render(result)` for a page of

@@ -30,7 +30,7 @@ SETTINGS = (
 )
 
 
-def run(networks: Sequence[str] = tuple(NETWORKS), folder: Path = Path("out/fashion_mnist")) -> dict[str, Any]:
+def run(networks: tuple[str, ...] = tuple(NETWORKS), folder: Path = Path("out/fashion_mnist")) -> dict[str, Any]:
     """Run those that have not been run; returns the command and the content of `metrics.json` of each.
 
     Args:

@@ -1,8 +1,9 @@
 """Accuracy after removing many channels together, without any fine-tuning: Optimal Brain Surgeon against the rest.
 
 Correlation with the Oracle is not accuracy after joint removal. Each method plans from the same training images, in
-two regimes: everything in one step, and ten steps with fresh scores and batch normalisation estimated anew after
-each (for all methods alike). What is left is tested as it is.
+regimes that treat all methods alike: everything in one step (`one-shot`); the same, then each layer's weights solved
+anew by least squares (`reconstructed`); ten steps with fresh scores and batch normalisation estimated anew after
+each (`gradual`); and both (`gradual-reconstructed`). What is left is tested as it is.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from nni_plugin.cost import count
 from nni_plugin.criteria import OBS, TaylorFisher
 from nni_plugin.methods import create_criterion
 from nni_plugin.planner import plan_channels, unchanged
+from nni_plugin.reconstruction import reconstruct
 from nni_plugin.schedules import Gradual, OneShot
 from nni_plugin.workflow import cross_entropy
 
@@ -33,6 +35,7 @@ _TRAINING = TrainingConfig(epochs=2, lr=0.1, weight_decay=5e-4, sched="cosine")
 PRESET = Preset("torch/fashion_mnist", None, _TRAINING, _TRAINING, seeds=3)
 """How the dense networks are trained; nothing is fine-tuned here."""
 
+REGIMES = ("one-shot", "reconstructed", "gradual", "gradual-reconstructed")
 NETWORKS = ("resnet20", "resnet56", "vgg19_bn", "mobilenetv2_cifar")
 METHODS = (
     "obs",
@@ -53,8 +56,9 @@ METHODS = (
 VARIANTS = {
     "obs:no-compensation": lambda: OBS(compensate=False),
     "obs:linear": lambda: OBS(linear=True),
-    "obs:per-channel": lambda: OBS(cost_aware=False),
+    "obs:cost-aware": lambda: OBS(cost_aware=True),
     "obs:damping-.01": lambda: OBS(damping=0.01),
+    "obs:damping-.1": lambda: OBS(damping=0.1),
     "obs:damping-1": lambda: OBS(damping=1.0),
     "taylor-fisher:signed": lambda: TaylorFisher(signed=True),
 }
@@ -62,12 +66,12 @@ VARIANTS = {
 
 
 def run(
-    networks: Sequence[str] = NETWORKS,
-    methods: Sequence[str] = METHODS,
-    seeds: Sequence[int] = (0, 1, 2),
-    macs: Sequence[float] = (0.75, 0.5, 0.25),
-    channels: Sequence[float] = (0.9, 0.8, 0.7, 0.6, 0.5),
-    regimes: Sequence[str] = ("one-shot", "gradual"),
+    networks: tuple[str, ...] = NETWORKS,
+    methods: tuple[str, ...] = METHODS,
+    seeds: tuple[int, ...] = (0, 1, 2),
+    macs: tuple[float, ...] = (0.75, 0.5, 0.25),
+    channels: tuple[float, ...] = (0.9, 0.8, 0.7, 0.6, 0.5),
+    regimes: tuple[str, ...] = REGIMES,
     images: int = 2000,
     test_images: int = 10_000,
     folder: Path = Path("out/joint_removal"),
@@ -81,7 +85,7 @@ def run(
         seeds: Of the dense networks' training and of the images.
         macs: Fractions of MACs kept.
         channels: Fractions of channels kept.
-        regimes: `"one-shot"`: one step, statistics of batch normalisation as they were. `"gradual"`: ten steps.
+        regimes: Of `REGIMES`.
         images: Training images that the methods see.
         test_images: Test images that top-1 is taken on.
         folder: For the dense networks and one file a run.
@@ -94,9 +98,9 @@ def run(
         for seed in seeds:
             study.base(seed)
             cell = _Cell(study, seed, images, test_images)
-            for regime in regimes:
-                for method in methods:
-                    for budget in budgets:
+            for method in methods:
+                for budget in budgets:
+                    for regime in regimes:
                         name = f"{regime}/seed{seed}/{method.replace(':', '_')}-{_label(budget)}"
                         settings = {"images": images, "test_images": test_images}
                         record = study.grid.run(name, cell.work(method, regime, budget), settings)
@@ -112,6 +116,7 @@ class _Cell:
 
     def __init__(self, study: Experiment, seed: int, images: int, test_images: int) -> None:
         self.study, self.seed, self.images, self.test_images = study, seed, images, test_images
+        self._planned: tuple[Any, Any, float] = None, None, 0.0  # shared by regimes that differ in what comes after
         self._loaded: tuple[nn.Module, list[Any], list[Any], float] | None = None
 
     def load(self) -> tuple[nn.Module, list[Any], list[Any], float]:
@@ -129,23 +134,28 @@ class _Cell:
         def do(_: Path) -> dict[str, Any]:
             model, score, test, dense = self.load()
             criterion = VARIANTS[method]() if method in VARIANTS else create_criterion(method)
-            gradual, begun = regime == "gradual", time.perf_counter()
-            with unchanged(model):
-                plan = plan_channels(
-                    model,
-                    score[0][0][:2],
-                    criterion,
-                    score,
-                    cross_entropy,
-                    budget,
-                    schedule=Gradual(10) if gradual else OneShot(),
-                    reestimate=gradual,
-                )
-            seconds = time.perf_counter() - begun
+            gradual, begun = regime.startswith("gradual"), time.perf_counter()
+            if self._planned[0] != (method, gradual, budget):
+                with unchanged(model):
+                    plan = plan_channels(
+                        model,
+                        score[0][0][:2],
+                        criterion,
+                        score,
+                        cross_entropy,
+                        budget,
+                        schedule=Gradual(10) if gradual else OneShot(),
+                        reestimate=gradual,
+                    )
+                self._planned = (method, gradual, budget), plan, time.perf_counter() - begun
+            plan, begun = self._planned[1], time.perf_counter()
             pruned = copy.deepcopy(model)
             plan.apply(pruned, score[0][0][:2])
-            if gradual:
+            if regime.endswith("reconstructed"):
+                reconstruct(pruned, model, score[0][0][:2], score, lambda network, batch: network(batch[0]))
+            elif gradual:
                 reestimate_batchnorm(pruned, score, cross_entropy)
+            seconds = self._planned[2] + time.perf_counter() - begun
             before, after = (count(net, score[0][0][:1]) for net in (model, pruned))
             return {
                 "method": method,

@@ -110,6 +110,7 @@ def run_without_training(
             "A continuous schedule waits for the training loss to fall, and here nothing trains: use Iterative or "
             "OneShot, or call the pruner from a training loop."
         )
+    pruner.scorer.evaluate_with(loss_fn)
     with pruner:
         if pruner.scorer.needs_data and not pruner.done:
             _pass_over(pruner, batches, loss_fn, reestimate)
@@ -191,6 +192,7 @@ def score_groups(
         CriterionError: There is no batch, a score is not a number, or a layer lacks what is needed.
     """
     scorer = Scorer(criterion)
+    scorer.evaluate_with(loss_fn)
     with unchanged(model):
         model.eval()
         try:

@@ -69,6 +69,11 @@ class Scorer:
             self._stack.enter_context(self.criterion.collect(model, groups))
             self._collecting = True
 
+    def evaluate_with(self, loss_fn: Callable[[nn.Module, Any], Tensor]) -> None:
+        """Give the loss to a criterion that runs the network itself, unless it was built with one."""
+        if isinstance(self.criterion, Criterion) and self.criterion.needs_batch and self.criterion.loss_fn is None:
+            self.criterion.loss_fn = loss_fn
+
     def backward(
         self, model: nn.Module, batch: Any, loss_fn: Callable[[nn.Module, Any], Tensor], *, create_graph: bool = False
     ) -> float:

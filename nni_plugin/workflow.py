@@ -34,6 +34,7 @@ from nni_plugin.machine import describe_machine
 from nni_plugin.methods import create_criterion
 from nni_plugin.plan import PruningPlan
 from nni_plugin.planner import run_without_training
+from nni_plugin.reconstruction import reconstruct
 from nni_plugin.report import Report, Target, write_report
 from nni_plugin.schedules import Continuous, Gradual, Iterative, OneShot, Schedule
 from nni_plugin.workspace import Workspace, workspace
@@ -69,6 +70,8 @@ class Job:
         select: Which groups may be pruned: `"all"`, `"skip-only"` or `"no-skip"`.
         cost_aware: Rank by loss per unit of what the budget counts; None: as the method wants it.
         divide_by_blocks: Divide the score of a residual group by the number of blocks that share its gate.
+        reconstruct: After one-shot pruning solve each layer's weights anew so that it gives what it gave in the dense
+            network; None: for `obs`.
         reestimate: Estimate the statistics of batch normalisations anew after pruning without training.
         pretrain: Training of the dense network; its `epochs` may be 0.
         finetune: Training of the pruned network (while it is pruned, unless one-shot).
@@ -100,6 +103,7 @@ class Job:
     select: Selection = "all"
     cost_aware: bool | None = None
     divide_by_blocks: bool = False
+    reconstruct: bool | None = None
     reestimate: bool = False
     pretrain: TrainingConfig = field(default_factory=lambda: TrainingConfig(epochs=0))
     finetune: TrainingConfig = field(default_factory=lambda: TrainingConfig(epochs=0))
@@ -187,7 +191,7 @@ class _Run:
     def run(self, command: str) -> Result:
         """Do the job and write its results."""
         history = self._fit(self.job.pretrain, "pretrain")
-        dense = copy.deepcopy(self.model)
+        self.dense = dense = copy.deepcopy(self.model)
         baseline = self._top1()
         self.say(f"dense: top-1 {baseline:.2f} %, {count(self.model, self.examples)}")
 
@@ -229,8 +233,17 @@ class _Run:
         steps = self.job.score_steps or (10 if pruner.scorer.is_ranking else 1)
         pruner.schedule = OneShot() if steps == 1 else Gradual(steps)
         self._score_and_cut(pruner)
+        if pruner.scorer.is_ranking if self.job.reconstruct is None else self.job.reconstruct:
+            self._reconstruct(pruner)
         after_cut = self._top1()
         return pruner, after_cut, self._fit(self.job.finetune, "finetune")
+
+    def _reconstruct(self, pruner: ChannelPruner) -> None:
+        """Solve each layer's weights anew, on about 2,000 training images."""
+        begun = time.perf_counter()
+        batches = self._score_batches(self.job.score_batches or math.ceil(2000 / (self.splits.score.batch_size or 1)))
+        reconstruct(self.model, self.dense, self.examples, batches, lambda model, batch: model(batch[0]))
+        pruner.seconds["reconstruct"] = time.perf_counter() - begun
 
     def _score_and_cut(self, pruner: ChannelPruner) -> None:
         """Prune to the budget in one step, on the network as it is used."""
@@ -299,11 +312,11 @@ class _Run:
     def _top1(self) -> float:
         return evaluate(self.model, self.splits.test, self.device)["top1"]
 
-    def _score_batches(self) -> _FirstBatches:
-        batches = self.job.score_batches
-        if batches is None and getattr(self.criterion, "is_ranking", False):
-            batches = math.ceil(2000 / (self.splits.score.batch_size or 1))
-        return _FirstBatches(self.splits.score, self.device, batches)
+    def _score_batches(self, number: int | None = None) -> _FirstBatches:
+        number = number or self.job.score_batches
+        if number is None and getattr(self.criterion, "is_ranking", False):
+            number = math.ceil(2000 / (self.splits.score.batch_size or 1))
+        return _FirstBatches(self.splits.score, self.device, number)
 
     def _with_provenance(self, plan: PruningPlan) -> PruningPlan:
         data = {"name": self.splits.name, "fingerprint": self.splits.fingerprint}

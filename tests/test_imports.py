@@ -19,17 +19,17 @@ FOLDERS = {
 
 # The house, lowest room first. A module may import from its own floor and from the floors below.
 FLOORS = (
-    frozenset({"errors", "machine", "tensors", "groups", "cost", "latency", "masks", "compensation"}),
-    frozenset({"plan", "networks", "workspace"}),
-    frozenset({"report", "report_plots"}),
+    frozenset({"errors", "machine", "tensors", "groups", "cost", "latency", "compensation"}),
+    frozenset({"plan", "masks", "networks", "workspace", "correlation"}),
+    frozenset({"report", "report_plots", "correlation_plots", "correlation_results"}),
     frozenset({"criteria"}),
     frozenset({"budgets"}),
     frozenset({"selection", "slim_cost", "schedules", "scorer", "live_plan"}),
     frozenset({"layers", "performance"}),
     frozenset({"adapters"}),
     frozenset({"channel_pruner", "methods"}),
-    frozenset({"planner", "checkpoint"}),
-    frozenset({"pruners", "workflow"}),
+    frozenset({"planner", "checkpoint", "reconstruction"}),
+    frozenset({"pruners", "workflow", "correlation_data", "correlation_job"}),
     frozenset({""}),  # nni_plugin/__init__.py, which only gathers the public names
     frozenset({"benchmarks"}),
     frozenset({"cli", "__main__"}),

@@ -4,7 +4,16 @@ from nni_plugin.adapters.torch_pruning.apply import apply_plan
 from nni_plugin.adapters.torch_pruning.graph import find_groups
 from nni_plugin.adapters.torch_pruning.optimizer import carry_optimizer
 from nni_plugin.adapters.torch_pruning.probe import sound_groups
-from nni_plugin.adapters.torch_pruning.surgery import cut_channels
+from nni_plugin.adapters.torch_pruning.surgery import cut_channels, kept_outputs
 from nni_plugin.adapters.torch_pruning.verify import Parity, verify
 
-__all__ = ["Parity", "apply_plan", "carry_optimizer", "cut_channels", "find_groups", "sound_groups", "verify"]
+__all__ = [
+    "Parity",
+    "apply_plan",
+    "carry_optimizer",
+    "cut_channels",
+    "find_groups",
+    "kept_outputs",
+    "sound_groups",
+    "verify",
+]

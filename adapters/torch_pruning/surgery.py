@@ -102,6 +102,17 @@ def cut_channels(model: nn.Module, plan: PruningPlan, groups: Iterable[ChannelGr
     return _commit(model, new, cuts, sizes)
 
 
+def kept_outputs(dense: nn.Module, plan: PruningPlan, groups: Iterable[ChannelGroup]) -> dict[str, Tensor]:
+    """Return the output channels that each narrower layer keeps of the dense network, by its name, ascending."""
+    keep = _positions_to_keep(dense, plan, groups)
+    layers = {name.removesuffix(".weight"): dims for name, dims in keep.items() if name.endswith(".weight")}
+    return {
+        path: dims[0]
+        for path, dims in layers.items()
+        if 0 in dims and isinstance(dense.get_submodule(path), (nn.Linear, nn.Conv2d))
+    }
+
+
 def _positions_to_keep(
     model: nn.Module, plan: PruningPlan, groups: Iterable[ChannelGroup]
 ) -> dict[str, dict[int, Tensor]]:

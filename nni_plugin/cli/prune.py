@@ -47,6 +47,7 @@ def add_arguments(parser: jsonargparse.ArgumentParser) -> None:
     add("--loss-threshold", type=number, default=1.04, help="largest training loss at which a continuous one prunes")
     add("--score-batches", type=above(1), help="minibatches that one-shot scores on (all training data)")
     add("--score-steps", type=above(1), help="steps of one-shot, each on fresh scores (obs: 10, others: 1)")
+    add("--reconstruct", type=optional_bool, help="after one-shot, solve weights anew by least squares (obs: true)")
     add("--bn-reestimate", dest="reestimate", action="store_true", help="new BN statistics after one-shot pruning")
     add(
         "--select",
@@ -55,7 +56,9 @@ def add_arguments(parser: jsonargparse.ArgumentParser) -> None:
         default="all",
         help="layers to prune: all, those that residual additions couple, or the others",
     )
-    add("--cost-aware", type=optional_bool, help="rank by loss per unit of the budget: true or false (as the method is)")
+    add(
+        "--cost-aware", type=optional_bool, help="rank by loss per unit of the budget: true or false (as the method is)"
+    )
     add("--divide-by-blocks", action="store_true", help="divide a residual score by the blocks that share its gate")
     add("--round-to", type=above(1), default=1, help="make widths multiples of this")
     add("--min-channels", type=above(1), default=1, help="make no layer narrower than this")

@@ -9,7 +9,7 @@ plans and serves as `importance=` of any stock Torch-Pruning pruner. Whatever da
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -67,6 +67,8 @@ class Criterion(ABC):
         self.costs: Mapping[str, float] = {}
         """What removing one channel saves, by group name, in units of the budget; set by the pruner."""
         self._batch: Any = None
+        self.loss_fn: Callable[[nn.Module, Any], Tensor] | None = None
+        """The loss, for a criterion that runs the network itself."""
         self._model: nn.Module | None = None
         self._groups: tuple[ChannelGroup, ...] = ()
         self.reset()

@@ -42,7 +42,8 @@ class OBS(GateCriterion):
             one of `DAMPINGS` under which the held-out fifth of the samples loses least.
         compensate: Whether the gates that stay move; without it only the order is used.
         linear: Let the mean gradient pull too. Off: the network is taken as trained.
-        cost_aware: Remove what loses least per MAC (or whatever the budget counts) instead of per channel.
+        cost_aware: Remove what loses least per MAC (or whatever the budget counts) instead of per channel. Off: it
+            takes the channels of the widest maps first, far beyond where a quadratic model holds.
         max_samples: Rows kept; once there are so many, further minibatches are not looked at.
     """
 
@@ -57,7 +58,7 @@ class OBS(GateCriterion):
         damping: float | Literal["auto"] = "auto",
         compensate: bool = True,
         linear: bool = False,
-        cost_aware: bool = True,
+        cost_aware: bool = False,
         max_samples: int = 4096,
     ) -> None:
         if damping != "auto" and (isinstance(damping, (str, bool)) or not damping > 0):

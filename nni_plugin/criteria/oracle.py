@@ -31,9 +31,10 @@ class Oracle(Criterion):
     """Squared exact loss change `(E(without the channel) - E(with it))^2`, over all samples seen.
 
     Args:
-        loss_fn: `loss_fn(model, batch)` -> a finite scalar, the mean over the samples of the minibatch; None for
-            cross-entropy on `(images, labels)`. It is called with stand-ins for the network that answer with an
-            output computed before; a loss that calls the network more than once is measured by full forward passes.
+        loss_fn: `loss_fn(model, batch)` -> a finite scalar, the mean over the samples of the minibatch; None for the
+            planner's, or else cross-entropy on `(images, labels)`. It is called with stand-ins for the network that
+            answer with an output computed before; a loss that calls the network more than once is measured by full
+            forward passes.
         signed: Score with the loss change itself, so that channels whose removal lowers the loss go first.
         memory: Bytes for values that are kept and computed, beside a copy of the network.
     """
@@ -47,8 +48,8 @@ class Oracle(Criterion):
         if memory < 1:
             raise CriterionError(f"memory must be a number of bytes above 0, got {memory}.")
         self.signed, self.memory = signed, memory
-        self._loss_fn = loss_fn or cross_entropy
         super().__init__()
+        self.loss_fn = loss_fn
 
     @contextmanager
     def collect(self, model: nn.Module, groups: Sequence[ChannelGroup] = ()) -> Iterator[Criterion]:
@@ -68,7 +69,7 @@ class Oracle(Criterion):
             widths = {group.name: group.width for group in asked}
             if self._sums and {name: len(total) for name, total in self._sums.items()} != widths:
                 raise CriterionError("The Oracle holds data of other groups; call reset() before.")
-            self._ablations = Ablations(asked, self._loss_fn, self.memory)
+            self._ablations = Ablations(asked, self.loss_fn or cross_entropy, self.memory)
             try:
                 yield self
             finally:

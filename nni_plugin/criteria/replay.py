@@ -36,7 +36,7 @@ class Replay(TracedNetwork):
     """A traced copy of a network.
 
     Args:
-        network: The network; `inplace` flags of its layers are taken off, so pass a copy.
+        network: The network; it is not changed.
         readers: Layers that must be nodes of the graph.
         inputs: Values of the parameters of `forward`, in order; non-tensors are fixed to these values.
         samples: Number of samples; tensors with as many rows have one for each.

@@ -7,6 +7,7 @@ before it.
 
 from __future__ import annotations
 
+import copy
 import inspect
 import operator
 from collections.abc import Iterable, Mapping, Sequence
@@ -53,7 +54,7 @@ class TracedNetwork:
     """The graph of a network.
 
     Args:
-        network: The network; `inplace` flags of its layers are taken off, so pass a copy.
+        network: The network; it is not changed.
         readers: Layers that must be nodes of the graph.
         inputs: Values of the parameters of `forward`, in order; non-tensors are fixed to these values.
 
@@ -88,10 +89,12 @@ class TracedNetwork:
 
     def _make_pure(self) -> None:
         """Let no node overwrite another's value, so that values can be kept."""
-        for layer in self.layers.values():
-            for module in layer.modules():
-                if getattr(module, "inplace", False) is True:
-                    setattr(module, "inplace", False)  # noqa: B010
+        for node, layer in self.layers.items():
+            if any(getattr(module, "inplace", False) is True for module in layer.modules()):
+                self.layers[node] = copy.deepcopy(layer)  # the network itself goes on as it is written
+                for module in self.layers[node].modules():
+                    if hasattr(module, "inplace"):
+                        setattr(module, "inplace", False)  # noqa: B010
         for node in self.nodes:
             if node.op == "call_function" and node.target in _IN_PLACE:
                 node.target = _IN_PLACE[node.target]
@@ -111,6 +114,7 @@ class TracedNetwork:
 
     def _fold(self) -> None:
         """Fold batch normalisations into the layer before each, where that layer feeds nothing else."""
+        calls = {node: len(nodes) for nodes in self.nodes_of.values() for node in nodes}
         for node in self.nodes:
             norm, before = self.layers.get(node), node.args[0] if node.args else None
             layer = self.layers.get(before) if isinstance(before, fx.Node) else None
@@ -119,7 +123,7 @@ class TracedNetwork:
             after = _after_norm(norm)
             if after is None or norm.running_mean is None or is_marked(norm) or is_marked(layer):
                 continue
-            if len(self.nodes_of[norm]) > 1 or len(self.nodes_of[layer]) > 1:
+            if calls[node] > 1 or calls[before] > 1:
                 continue
             if type(layer) in CONVOLUTIONS:
                 self.layers[before] = fuse_conv_bn_eval(layer, norm)  # type: ignore[type-var]

@@ -19,6 +19,7 @@ PROMISED = {
         "--model", "--library", "--checkpoint", "--dataset", "--data-dir", "--method", "--macs", "--params",
         "--channels", "--schedule", "--epochs", "--pretrain-epochs", "--resume",
     },
+    "correlate": {"--model", "--library", "--checkpoint", "--dataset", "--data-dir", "--methods", "--resume"},
     "measure": {"--model", "--library", "--batch-size"},
     "export": {"--format"},
 }  # fmt: skip

@@ -132,10 +132,10 @@ class Tokens(nn.Module):
 class Aliases(nn.Module):
     """A branch whose view outlives it, and sums that are used again: nothing of these may be written into."""
 
-    def __init__(self) -> None:
+    def __init__(self, inplace: bool = False) -> None:
         super().__init__()
         self.a, self.b, self.c = (nn.Conv2d(n, 4, 3, padding=1) for n in (3, 4, 4))
-        self.relu, self.out = nn.ReLU(inplace=True), nn.Linear(4, 3)
+        self.relu, self.out = nn.ReLU(inplace=inplace), nn.Linear(4, 3)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.a(x)
@@ -426,6 +426,13 @@ def test_a_loss_that_runs_the_network_twice_is_measured_in_full() -> None:
     for group in groups:
         wanted = expected(model, group, batch, twice)
         torch.testing.assert_close(oracle.loss_changes(group), wanted, rtol=1e-9, atol=1e-12)
+
+
+def test_a_view_that_sees_what_is_written_in_place_is_run_in_full() -> None:
+    model = randomise(Aliases(inplace=True))
+    with pytest.warns(UserWarning, match="the outputs of the traced network differ"):
+        measured(model, free(model, batch_of()), batch_of())
+    assert_definition(model, batch_of(), parts=False)
 
 
 class Mixing(nn.Module):

@@ -1,0 +1,213 @@
+"""Layer by layer, weights of a pruned network that give back the dense network's outputs, by least squares.
+
+He et al., "Channel Pruning for Accelerating Very Deep Neural Networks", ICCV 2017, Sec. 3.1 (Eq. 5), for whichever
+channels a plan has removed; Frantar & Alistarh, "Optimal Brain Compression", NeurIPS 2022, do the like for single
+weights. In the order of the forward pass each dense layer solves `min |X W - Y|^2 + ridge |W - W_0|^2`: `X` what the
+pruned network (mended so far) feeds it, `Y` what the same layer of the dense network gives for the same images, at
+positions drawn at random; the ridge pulls towards the present weights and is chosen on rows held out.
+
+Cost: both networks run up to each layer in turn, about `layers / 2` forward passes of each; one linear system of
+`inputs * kernel` unknowns a layer. No labels, no gradients.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
+from tqdm import tqdm
+
+from nni_plugin.adapters.torch_pruning import find_groups, kept_outputs
+from nni_plugin.adapters.torch_pruning.surgery import check_fit
+from nni_plugin.errors import DataError, PlanError, SurgeryError
+
+RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
+"""What the ridge is chosen from, in units of the mean square of the inputs."""
+
+
+class _Stop(Exception):
+    """Ends a forward pass at the layer that was asked for."""
+
+
+@torch.no_grad()
+def reconstruct(
+    pruned: nn.Module,
+    dense: nn.Module,
+    example_inputs: Any,
+    batches: Iterable[Any],
+    forward: Callable[[nn.Module, Any], Any],
+    *,
+    positions: int = 10,
+    seed: int = 0,
+) -> dict[str, float]:
+    """Re-solve the weights of a pruned network's dense layers, in place.
+
+    Args:
+        pruned: The compact network, as `plan.apply` or a pruner left it; of its `nn.Linear` and ungrouped
+            convolutions weights and biases change, nothing else.
+        dense: The network it was cut from; unchanged.
+        example_inputs: One tensor `[N, ...]`, or a tuple or dict of inputs, to trace the dense network with.
+        batches: Minibatches that can be gone through again; a few thousand images do. Labels are not used.
+        forward: `forward(model, batch)` runs a network.
+        positions: Output positions drawn of each image and layer.
+        seed: Of the positions.
+
+    Returns:
+        By layer the share of the squared error that is left on held-out rows; 1 where the weights stay.
+
+    Raises:
+        DataError: There is no minibatch.
+        PlanError: The pruned network has no plan, or it does not fit the dense one.
+        SurgeryError: A layer does not see the same in both networks.
+    """
+    plan = getattr(pruned, "pruning_plan", None)
+    if plan is None:
+        raise PlanError("The pruned network has no pruning_plan: apply one with plan.apply(model, example_inputs).")
+    with torch.enable_grad():
+        groups = find_groups(dense, example_inputs)
+    check_fit(plan, groups)
+    kept = kept_outputs(dense, plan, groups)
+    modes = {module: module.training for network in (pruned, dense) for module in network.modules()}
+    left: dict[str, float] = {}
+    try:
+        pruned.eval()
+        dense.eval()
+        layers = _order(pruned, batches, forward)
+        for path in tqdm(layers, desc="reconstruct", unit="layer", delay=2, disable=None, leave=False):
+            rows, targets = _rows(pruned, dense, path, kept.get(path), batches, forward, positions, seed)
+            left[path] = _solve(pruned.get_submodule(path), rows, targets)
+    finally:
+        for module, training in modes.items():
+            module.training = training
+    return left
+
+
+def _solvable(layer: nn.Module) -> bool:
+    return isinstance(layer, nn.Linear) or (isinstance(layer, nn.Conv2d) and layer.groups == 1)
+
+
+def _order(model: nn.Module, batches: Iterable[Any], forward: Callable[[nn.Module, Any], Any]) -> list[str]:
+    """Return the layers to solve in the order in which they run, those that run once."""
+    calls: list[str] = []
+    handles = [
+        layer.register_forward_pre_hook(lambda _, __, path=path: calls.append(path))
+        for path, layer in model.named_modules()
+        if _solvable(layer)
+    ]
+    try:
+        batch = next(iter(batches), None)
+        if batch is None:
+            raise DataError("There is no minibatch to reconstruct outputs on. The model is unchanged.")
+        forward(model, batch)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return [path for path in calls if calls.count(path) == 1]
+
+
+def _rows(
+    pruned: nn.Module,
+    dense: nn.Module,
+    path: str,
+    kept: Tensor | None,
+    batches: Iterable[Any],
+    forward: Callable[[nn.Module, Any], Any],
+    positions: int,
+    seed: int,
+) -> tuple[Tensor, Tensor]:
+    """Return what a layer reads in the pruned network and gives in the dense one, `[rows, inputs or outputs]`."""
+    generator = torch.Generator().manual_seed(seed)
+    layer = pruned.get_submodule(path)
+    inputs: list[Tensor] = []
+    outputs: list[Tensor] = []
+    for batch in batches:
+        x, _ = _reach(pruned, path, batch, forward)
+        _, y = _reach(dense, path, batch, forward)
+        y = y if kept is None else y.index_select(1 if isinstance(layer, _ConvNd) else -1, kept.to(y.device))
+        if isinstance(layer, nn.Conv2d):
+            at = torch.randint(y.shape[2] * y.shape[3], (positions,), generator=generator).tolist()
+            inputs.append(_patches(layer, x, at, y.shape[3]))
+            outputs.append(torch.cat([y[:, :, i // y.shape[3], i % y.shape[3]] for i in at]))
+        else:
+            x, y = x.flatten(0, -2), y.flatten(0, -2)
+            if len(x) > positions * _samples(batch):
+                at_rows = torch.randperm(len(x), generator=generator)[: positions * _samples(batch)].to(x.device)
+                x, y = x[at_rows], y[at_rows]
+            inputs.append(x)
+            outputs.append(y)
+        if len(inputs[-1]) != len(outputs[-1]) or outputs[-1].shape[1] != layer.weight.shape[0]:
+            raise SurgeryError(f"Layer {path!r} does not give the same outputs in both networks.")
+    return torch.cat(inputs).double(), torch.cat(outputs).double()
+
+
+def _samples(batch: Any) -> int:
+    """Return the length of the first tensor of a minibatch."""
+    first = batch if isinstance(batch, Tensor) else next(iter(batch.values() if isinstance(batch, Mapping) else batch))
+    return len(first)
+
+
+def _reach(model: nn.Module, path: str, batch: Any, forward: Callable[[nn.Module, Any], Any]) -> tuple[Tensor, Tensor]:
+    """Run a network up to a layer; returns what it reads and what it gives."""
+    seen: list[tuple[Tensor, Tensor]] = []
+
+    def stop(_: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+        seen.append((args[0], output))
+        raise _Stop
+
+    handle = model.get_submodule(path).register_forward_hook(stop)
+    try:
+        forward(model, batch)
+    except _Stop:
+        pass
+    finally:
+        handle.remove()
+    return seen[0]
+
+
+def _patches(layer: nn.Conv2d, x: Tensor, at: list[int], width: int) -> Tensor:
+    """Return the windows that a convolution reads for these output positions, `[positions * N, inputs * kernel]`."""
+    assert not isinstance(layer.padding, str) or layer.padding == "valid"
+    pad_y, pad_x = layer.padding if isinstance(layer.padding, tuple) else (0, 0)
+    x = F.pad(x, (int(pad_x), int(pad_x), int(pad_y), int(pad_y)), mode="constant")
+    (sy, sx), (dy, dx), (ky, kx) = layer.stride, layer.dilation, layer.kernel_size
+    windows = []
+    for i in at:
+        top, start = i // width * sy, i % width * sx
+        windows.append(x[:, :, top : top + (ky - 1) * dy + 1 : dy, start : start + (kx - 1) * dx + 1 : dx].flatten(1))
+    return torch.cat(windows)
+
+
+def _solve(layer: nn.Module, rows: Tensor, targets: Tensor) -> float:
+    """Put the least-squares weights into a layer where they are better on held-out rows; return the error left."""
+    weight, bias = layer.weight, layer.bias
+    assert isinstance(weight, Tensor)
+    start = weight.detach().double().flatten(1)
+    if isinstance(bias, Tensor):
+        rows = torch.cat([rows, rows.new_ones(len(rows), 1)], 1)
+        start = torch.cat([start, bias.detach().double()[:, None]], 1)
+    held_out = torch.arange(len(rows), device=rows.device) % 5 == 0
+    missing = targets - rows @ start.T
+    before = float(missing[held_out].square().sum())
+
+    def change(rows: Tensor, missing: Tensor, ridge: float) -> Tensor:
+        system = rows.T @ rows
+        system.diagonal().add_(ridge * float(system.diagonal().mean()) + 1e-12)
+        return torch.linalg.solve(system, rows.T @ missing).T
+
+    errors = {}
+    for ridge in RIDGES:
+        step = change(rows[~held_out], missing[~held_out], ridge)
+        errors[ridge] = float((missing[held_out] - rows[held_out] @ step.T).square().sum())
+    best = min(errors, key=errors.__getitem__)
+    if before <= 0 or errors[best] >= before:
+        return 1.0
+    new = start + change(rows, missing, best)
+    if isinstance(bias, Tensor):
+        bias.copy_(new[:, -1])
+        new = new[:, :-1]
+    weight.copy_(new.reshape(weight.shape))
+    return errors[best] / before
