@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from nni_plugin.adapters.training import TrainingConfig, evaluate
 from nni_plugin.benchmarks.experiment import Experiment
-from nni_plugin.benchmarks.grid import summary
+from nni_plugin.benchmarks.grid import mean_and_sd, summary
 from nni_plugin.benchmarks.presets import Preset
 from nni_plugin.budgets import Budget, Channels, MACs
 from nni_plugin.compensation import reestimate_batchnorm
@@ -203,3 +203,31 @@ def _cells(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         }
         for key, of_key in groups.items()
     ]
+
+
+def render(result: dict[str, Any]) -> str:
+    """Return the page: one table a network, test top-1 by method, mean and standard deviation over seeds."""
+    settings, cells = result["settings"], result["cells"]
+    text = [
+        "# Accuracy after removing channels together, without fine-tuning",
+        "",
+        f"Test top-1 in percent on {settings['test_images']} images of Fashion-MNIST; every method sees the same "
+        f"{settings['images']} training images. Mean and standard deviation over seeds {settings['seeds']}; each seed "
+        "is a dense network of its own. *one-shot*: scored and cut once. *reconstructed*: the same plan, then the "
+        "weights of each layer solved anew by least squares, for all methods alike. *gradual*: ten steps, scores and "
+        "statistics of batch normalisation fresh in each.",
+    ]
+    for network in dict.fromkeys(cell["network"] for cell in cells):
+        rows = [cell for cell in cells if cell["network"] == network]
+        columns = list(dict.fromkeys((cell["target"], cell["regime"]) for cell in rows))
+        by_method: dict[str, dict[tuple[str, str], Any]] = {}
+        for cell in rows:
+            by_method.setdefault(cell["method"], {})[cell["target"], cell["regime"]] = cell["top1"]
+        dense = rows[0]["top1_dense"]
+        text += ["", f"## {network}", "", f"Dense: {mean_and_sd(dense)} (n = {dense['n']}).", ""]
+        text.append("| method | " + " | ".join(f"{target}, {regime}" for target, regime in columns) + " |")
+        text.append("|---" * (len(columns) + 1) + "|")
+        for method, found in by_method.items():
+            values = [mean_and_sd(found[column]) if column in found else "-" for column in columns]
+            text.append(f"| `{method}` | " + " | ".join(values) + " |")
+    return "\n".join(text) + "\n"

@@ -4,17 +4,20 @@ from nni_plugin.adapters.torch_pruning import Parity, carry_optimizer, verify
 from nni_plugin.budgets import Channels, MACs, Params
 from nni_plugin.channel_pruner import ChannelPruner
 from nni_plugin.checkpoint import from_pretrained, save_pretrained
+from nni_plugin.compensation import reestimate_batchnorm
 from nni_plugin.cost import Cost, count
 from nni_plugin.errors import NNIPluginError
 from nni_plugin.plan import GroupPlan, ModelIdentity, PruningPlan
 from nni_plugin.planner import plan_channels
-from nni_plugin.schedules import Continuous, Iterative, OneShot
+from nni_plugin.reconstruction import reconstruct
+from nni_plugin.schedules import Continuous, Gradual, Iterative, OneShot
 
 __all__ = [
     "ChannelPruner",
     "Channels",
     "Continuous",
     "Cost",
+    "Gradual",
     "GroupPlan",
     "Iterative",
     "MACs",
@@ -28,6 +31,8 @@ __all__ = [
     "count",
     "from_pretrained",
     "plan_channels",
+    "reconstruct",
+    "reestimate_batchnorm",
     "save_pretrained",
     "verify",
 ]

@@ -38,6 +38,7 @@ from nni_plugin.groups import ChannelGroup, narrowed
 from nni_plugin.live_plan import LivePlan
 from nni_plugin.masks import Masks
 from nni_plugin.plan import PruningPlan
+from nni_plugin.processes import agreed, pooled_mean
 from nni_plugin.schedules import OneShot, Schedule
 from nni_plugin.scorer import ForeignCriterion, Scorer
 from nni_plugin.selection import Ranking, solve
@@ -322,7 +323,7 @@ class ChannelPruner:
         """Take one step of the schedule, or go all the way to the budget."""
         with self._timed("plan"):
             costs = self._costs() if self.cost_aware else None
-            mean_loss = self._loss_sum / max(self._since_check, 1)
+            mean_loss = pooled_mean(self._loss_sum, self._since_check) or 0.0
             ranking = self._ranking(self.scorer.scores(self.groups, self.live.kept, self.schedule.momentum, costs))
             last, kept = solve(ranking, self.budget, self.dense, self._slim_cost.predict)
             units = None if final else self._partial(ranking)
@@ -331,7 +332,8 @@ class ChannelPruner:
             else:
                 kept = self._exact(ranking, kept)
                 self.done = True
-            said = self.scorer.conclude(self.live.kept, kept)
+            kept, self.done, self._counted = agreed((kept, self.done, self._counted))
+            said = agreed(self.scorer.conclude(self.live.kept, kept))
             self.live.kept = kept
             self._compensate(said.factors)
             self._masks.remove(kept)

@@ -18,6 +18,7 @@ from nni_plugin.criteria.base import Criterion
 from nni_plugin.errors import CriterionError, ScheduleError
 from nni_plugin.groups import ChannelGroup
 from nni_plugin.plan import PruningPlan
+from nni_plugin.processes import pooled_mean
 from nni_plugin.schedules import Continuous, Gradual, OneShot, Schedule
 from nni_plugin.scorer import ForeignCriterion, Scorer
 
@@ -59,6 +60,10 @@ def plan_channels(
         divide_by_blocks: Divide the score of a residual group by the number of blocks that share its gate.
         reestimate: Estimate the statistics of batch normalisations anew after each step of a schedule. A plan
             holds no statistics: call `reestimate_batchnorm` on the pruned network as well.
+
+    With a process group of `torch.distributed` every process calls this, each with its share of the minibatches; all
+    get the plan that one process would find on all of them. A stock importance that reads gradients sees only those
+    of the first process.
 
     Returns:
         The plan; `plan.explain()` shows it, `plan.apply(model, example_inputs)` does it.
@@ -162,9 +167,9 @@ def _pass_over(
 
 @torch.no_grad()
 def _mean_loss(model: nn.Module, batches: Iterable[Any], loss_fn: Callable[[nn.Module, Any], Tensor]) -> float | None:
-    """Return the mean loss over minibatches that can be gone through again."""
+    """Return the mean loss over minibatches that can be gone through again, of all processes."""
     losses = [float(loss_fn(model, batch)) for batch in batches]
-    return sum(losses) / len(losses) if losses else None
+    return pooled_mean(sum(losses), len(losses))
 
 
 def score_groups(

@@ -218,7 +218,7 @@ class Scorer:
         if not isinstance(self.criterion, Criterion):
             return f"{kind.__module__}.{kind.__name__}"
         named = inspect.signature(kind).parameters
-        options = [f"{name}={getattr(self.criterion, name)!r}" for name in named if hasattr(self.criterion, name)]
+        options = [f"{name}={_text(getattr(self.criterion, name))}" for name in named if hasattr(self.criterion, name)]
         return f"{kind.__name__}({', '.join(options)})"
 
 
@@ -242,6 +242,11 @@ def _backward(
             warnings.filterwarnings("ignore", "Using backward.. with create_graph=True", UserWarning)
             loss.backward(create_graph=create_graph)
     return float(loss.detach())
+
+
+def _text(value: Any) -> str:
+    """Return an option as text, a function by its name: its address would differ from run to run."""
+    return str(value.__qualname__) if inspect.isroutine(value) else repr(value)
 
 
 def _samples(batch: Any) -> list[Any]:

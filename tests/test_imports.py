@@ -19,7 +19,7 @@ FOLDERS = {
 
 # The house, lowest room first. A module may import from its own floor and from the floors below.
 FLOORS = (
-    frozenset({"errors", "machine", "tensors", "groups", "cost", "latency", "compensation"}),
+    frozenset({"errors", "machine", "processes", "tensors", "groups", "cost", "latency", "compensation"}),
     frozenset({"plan", "masks", "networks", "workspace", "correlation"}),
     frozenset({"report", "report_plots", "correlation_plots", "correlation_results"}),
     frozenset({"criteria"}),

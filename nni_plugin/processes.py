@@ -1,0 +1,42 @@
+"""What several processes that work on one network must have in common; nothing to do for one alone.
+
+Each process scores its own minibatches; sums over them are exchanged by the criteria. What follows from the sums is
+computed by every process, and could still part them: a different number of threads, or another kind of machine,
+rounds otherwise. So one process's word holds for all.
+"""
+
+from __future__ import annotations
+
+from typing import Any, TypeVar, cast
+
+import torch
+
+T = TypeVar("T")
+
+
+def several() -> bool:
+    """Tell whether a process group is there, which every process then has to take part in."""
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
+def agreed(value: T) -> T:
+    """Return what the first process has found; every process calls this with its own.
+
+    Args:
+        value: Anything that can be pickled, tensors on the CPU.
+    """
+    if not several():
+        return value
+    words: list[Any] = [value]
+    torch.distributed.broadcast_object_list(words, src=0)
+    return cast("T", words[0])
+
+
+def pooled_mean(total: float, count: int) -> float | None:
+    """Return the mean over all processes from each one's sum and number; None of nothing at all."""
+    if several():
+        device = "cuda" if torch.distributed.get_backend() == "nccl" else "cpu"
+        sums = torch.tensor([total, count], dtype=torch.float64, device=device)
+        torch.distributed.all_reduce(sums)
+        total, count = float(sums[0]), int(sums[1])
+    return total / count if count else None

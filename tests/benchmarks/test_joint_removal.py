@@ -1,0 +1,58 @@
+"""The joint-removal study on the digits, at a size of seconds."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from nni_plugin.adapters.training import TrainingConfig
+from nni_plugin.benchmarks import joint_removal
+from nni_plugin.benchmarks.presets import Preset
+
+TRAINING = TrainingConfig(epochs=1, lr=0.05)
+TINY = Preset("digits", 600, TRAINING, TRAINING, batch_size=64, seeds=1, img_size=8)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("joint_removal")
+
+
+def run(folder: Path, monkeypatch: pytest.MonkeyPatch, **options: object) -> dict:
+    monkeypatch.setattr(joint_removal, "PRESET", TINY)
+    given = {
+        "networks": ("resnet20",),
+        "methods": ("obs", "magnitude"),
+        "seeds": (0,),
+        "macs": (0.6,),
+        "channels": (),
+        "images": 64,
+        "test_images": 100,
+        "folder": folder,
+    }
+    return joint_removal.run(**{**given, **options})
+
+
+def test_fills_every_cell_and_goes_on(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    result = run(folder, monkeypatch, regimes=("one-shot", "reconstructed"))
+    cells = {(cell["method"], cell["regime"]): cell for cell in result["cells"]}
+    assert set(cells) == {(m, r) for m in ("obs", "magnitude") for r in ("one-shot", "reconstructed")}
+    for cell in cells.values():
+        assert cell["macs_ratio"]["mean"] == pytest.approx(0.6, abs=0.02)
+        assert cell["macs_ratio"]["mean"] <= 0.6
+    # The regimes share the plan: the same channels, whatever comes after.
+    assert cells["obs", "one-shot"]["channels_kept"] == cells["obs", "reconstructed"]["channels_kept"]
+    monkeypatch.setattr(joint_removal._Cell, "load", lambda self: pytest.fail("nothing is left to run"))
+    assert run(folder, monkeypatch, regimes=("one-shot", "reconstructed")) == result
+    page = joint_removal.render(result)
+    assert "## resnet20" in page
+    assert page.count("\n| `") == 2
+
+
+def test_images_are_drawn_by_the_seed() -> None:
+    loader = [(torch.arange(50), torch.arange(50)), (torch.arange(50, 80), torch.arange(50, 80))]
+    ((drawn, _),) = joint_removal.first(loader, 40, seed=3)
+    ((again, _),) = joint_removal.first(loader, 40, seed=3)
+    assert drawn.tolist() == again.tolist() != list(range(40))
+    ((plain, _),) = joint_removal.first(loader, 40)
+    assert plain.tolist() == list(range(40))

@@ -1,0 +1,141 @@
+"""Several processes, each with its share of the minibatches, find the plan that one finds on all of them."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from gated import batches, loss_of
+from networks_at_random import Branches, conv_bn, randomise
+from torch import nn
+
+from nni_plugin import Channels, Iterative, PruningPlan, plan_channels
+from nni_plugin.methods import create_criterion
+
+METHODS = (
+    "taylor-fo",
+    "taylor-fg",
+    "taylor-fisher",
+    "taylor-so-row",
+    "feature-map",
+    "obs",
+    "oracle",
+    "magnitude",
+    "tp:magnitude",
+)
+PROCESSES = 2
+
+
+def network() -> nn.Module:
+    torch.manual_seed(0)
+    inside = nn.Sequential(*conv_bn(6, 4), nn.ReLU(), *conv_bn(4, 6))
+    layers = [*conv_bn(3, 6), nn.ReLU(), Branches("add", [inside, nn.Identity()], nn.ReLU()), *conv_bn(6, 5), nn.ReLU()]
+    return randomise(nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(5, 3)))
+
+
+def plan_of(method: str, rank: int = 0, processes: int = 1, schedule: Any = None) -> PruningPlan:
+    """Plan on this process's minibatches, those that follow each other."""
+    data = batches(4)
+    share = data[rank * len(data) // processes : (rank + 1) * len(data) // processes]
+    model = network()
+    return plan_channels(model, data[0][0], create_criterion(method), share, loss_of, Channels(9), schedule=schedule)
+
+
+def work(folder: Path, rank: int) -> None:
+    """What each process does: a plan by every method, then by several steps, then scores that differ by rank."""
+    torch.set_num_threads(1)
+    init = f"file://{folder / 'meeting'}"
+    torch.distributed.init_process_group("gloo", init_method=init, rank=rank, world_size=PROCESSES)
+    plans = {method: plan_of(method, rank, PROCESSES).to_json() for method in METHODS}
+    plans["steps"] = plan_of("taylor-fisher", rank, PROCESSES, Iterative(3, 1)).to_json()
+    model, data = network(), batches(1)
+    rounding = _ByRank(rank)
+    plans["by rank"] = plan_channels(model, data[0][0], rounding, data, loss_of, Channels(9)).to_json()
+    torch.save(plans, folder / f"{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+class _ByRank:
+    """A stock importance that no two processes agree on."""
+
+    needs_gradients = False
+
+    def __init__(self, rank: int) -> None:
+        self.rank = rank
+
+    def __call__(self, group: Any) -> torch.Tensor:
+        order = torch.arange(len(group[0].idxs), dtype=torch.float64)
+        return order if self.rank == 0 else -order
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, PruningPlan]]:
+    """The plans of each process, all methods in one go."""
+    folder = tmp_path_factory.mktemp("processes")
+    command = [sys.executable, __file__, str(folder)]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent / "support")}
+    started = [
+        subprocess.Popen([*command, str(rank)], stderr=subprocess.PIPE, text=True, env=environment)
+        for rank in range(PROCESSES)
+    ]
+    try:
+        said = [process.communicate(timeout=300)[1] for process in started]
+    finally:
+        for process in started:
+            process.kill()
+    assert [process.returncode for process in started] == [0] * PROCESSES, "\n".join(said)
+    plans = [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(PROCESSES)]
+    return [{name: PruningPlan.from_json(text) for name, text in one.items()} for one in plans]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_two_processes_find_what_one_finds(found: list[dict[str, PruningPlan]], method: str) -> None:
+    alone = plan_of(method)
+    assert alone.channels_kept == 9
+    for plans in found:
+        assert plans[method].kept() == alone.kept()
+        for group, expected in zip(plans[method].groups, alone.groups, strict=True):
+            assert (group.factors is None) == (expected.factors is None)
+            if expected.factors is not None:
+                assert group.factors == pytest.approx(expected.factors, rel=1e-9, abs=1e-12)
+            assert group.score_range == pytest.approx(expected.score_range, rel=1e-9)
+        expected_change = alone.predicted_loss_change
+        assert (plans[method].predicted_loss_change is None) == (expected_change is None)
+        if expected_change is not None:
+            assert plans[method].predicted_loss_change == pytest.approx(expected_change, rel=1e-9)
+        now, then = (plan.provenance["steps"][0] for plan in (plans[method], alone))
+        assert now == pytest.approx(then, rel=1e-9)
+
+
+def test_compensation_was_put_to_the_test(found: list[dict[str, PruningPlan]]) -> None:
+    assert any(group.factors is not None for group in found[0]["obs"].groups)
+
+
+def test_all_processes_hold_one_plan(found: list[dict[str, PruningPlan]]) -> None:
+    """To the last bit, the losses on record too; also where each would rank otherwise."""
+    for name, plan in found[0].items():
+        if name == "by rank":  # whose scores stay its own
+            assert plan.kept() == found[1][name].kept()
+        else:
+            assert plan == found[1][name]
+
+
+def test_steps_on_windows_of_their_own(found: list[dict[str, PruningPlan]]) -> None:
+    """Windows of one minibatch in each of two processes: and all go the same way."""
+    plan = found[0]["steps"]
+    assert plan.channels_kept == 9
+    assert [step["channels"] for step in plan.provenance["steps"]] == [12, 9]
+
+
+def test_the_data_make_a_difference(found: list[dict[str, PruningPlan]]) -> None:
+    """A process that kept to its own minibatches would be seen."""
+    half = [plan_of("taylor-fisher", rank, PROCESSES) for rank in range(PROCESSES)]
+    ranges = [[group.score_range for group in plan.groups] for plan in (*half, found[0]["taylor-fisher"])]
+    assert ranges[2] not in (ranges[0], ranges[1])
+
+
+if __name__ == "__main__":
+    work(Path(sys.argv[1]), int(sys.argv[2]))
