@@ -25,11 +25,11 @@ from nni_plugin.budgets import Budget, Channels, MACs
 from nni_plugin.compensation import reestimate_batchnorm
 from nni_plugin.cost import count
 from nni_plugin.criteria import OBS, TaylorFisher
+from nni_plugin.criteria.ablation import cross_entropy
 from nni_plugin.methods import create_criterion
 from nni_plugin.planner import plan_channels, unchanged
 from nni_plugin.reconstruction import reconstruct
 from nni_plugin.schedules import Gradual, OneShot
-from nni_plugin.workflow import cross_entropy
 
 _TRAINING = TrainingConfig(epochs=2, lr=0.1, weight_decay=5e-4, sched="cosine")
 PRESET = Preset("torch/fashion_mnist", None, _TRAINING, _TRAINING, seeds=3)

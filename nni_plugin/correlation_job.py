@@ -32,12 +32,12 @@ from nni_plugin.correlation_data import FirstImages, open_images
 from nni_plugin.correlation_results import Measured, Scored, Scores, agreement, json_value, row_of, write_results
 from nni_plugin.cost import count
 from nni_plugin.criteria import Criterion, Oracle
+from nni_plugin.criteria.ablation import cross_entropy
 from nni_plugin.errors import CriterionError, GraphError, ModelError, TrainingError
 from nni_plugin.groups import ChannelGroup
-from nni_plugin.machine import describe_machine
+from nni_plugin.machine import describe_machine, usable_device
 from nni_plugin.methods import create_criterion, known_methods
 from nni_plugin.planner import score_groups, unchanged
-from nni_plugin.workflow import cross_entropy
 from nni_plugin.workspace import Workspace, workspace
 
 _HOST_ERRORS = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
@@ -144,7 +144,7 @@ class _Run:
             seed=job.seed,
             **job.data_kwargs,
         )
-        self.device = torch.device(job.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self.device = usable_device(job.device)
         self.model: nn.Module = create_model(
             job.model,
             job.library,

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import torch
 
+from nni_plugin.errors import TrainingError
+
 _PACKAGES = ("torch", "torchvision", "timm", "torch-pruning", "nni-plugin")
 _UNKNOWN = "unknown"
 
@@ -33,6 +35,25 @@ def describe_machine() -> dict[str, str]:
         "Python": f"{platform.python_implementation()} {platform.python_version()}",
     }
     return description | {name: _version(name) for name in _PACKAGES}
+
+
+def usable_device(name: str | None = None) -> torch.device:
+    """Return a device that has been tried, the best there is when none is named.
+
+    Raises:
+        TrainingError: It cannot be used here.
+
+    Example:
+        >>> usable_device("cpu")
+        device(type='cpu')
+    """
+    try:
+        device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name is None else name)
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
+        raise TrainingError(f"--device: {name!r} cannot be used here ({reason}); the CPU can: cpu") from error
+    return device
 
 
 def _cpu_model() -> str:

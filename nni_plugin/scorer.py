@@ -82,7 +82,8 @@ class Scorer:
         A stock importance that has `accumulate_grad(model)` is given the gradient of every sample instead.
 
         Raises:
-            CriterionError: `loss_fn` gave no scalar that depends on parameters, or a minibatch has no samples.
+            CriterionError: `loss_fn` gave no scalar that depends on parameters, a minibatch has no samples, or it is
+                too small for the statistics of a batch normalisation in train mode.
         """
         accumulate = None if isinstance(self.criterion, Criterion) else getattr(self.criterion, "accumulate_grad", None)
         if accumulate is None:
@@ -230,8 +231,16 @@ def _backward(
     gradients: bool,
     create_graph: bool,
 ) -> float:
-    with torch.set_grad_enabled(gradients):
-        loss = loss_fn(model, batch)
+    try:
+        with torch.set_grad_enabled(gradients):
+            loss = loss_fn(model, batch)
+    except ValueError as error:
+        if "more than 1 value per channel" not in str(error):
+            raise
+        raise CriterionError(
+            f"A batch normalisation in train mode cannot take statistics of a single value a channel ({error}): score "
+            "in eval mode (model.eval()), or with minibatches of two samples and more (drop_last=True)."
+        ) from error
     if not isinstance(loss, Tensor) or loss.dim() != 0 or (gradients and not loss.requires_grad):
         raise CriterionError(
             f"loss_fn must return a scalar tensor that depends on parameters (requires_grad), got {loss}."

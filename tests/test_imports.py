@@ -29,7 +29,7 @@ FLOORS = (
     frozenset({"adapters"}),
     frozenset({"channel_pruner", "methods"}),
     frozenset({"planner", "checkpoint", "reconstruction"}),
-    frozenset({"pruners", "workflow", "correlation_data", "correlation_job"}),
+    frozenset({"pruners", "job", "workflow", "correlation_data", "correlation_job"}),
     frozenset({""}),  # nni_plugin/__init__.py, which only gathers the public names
     frozenset({"benchmarks"}),
     frozenset({"cli", "__main__"}),

@@ -14,7 +14,9 @@ from nni_plugin import Channels, Continuous, Iterative, MACs, NNIPluginError, Pa
 from nni_plugin import workflow as module
 from nni_plugin.adapters.training import TrainingConfig
 from nni_plugin.checkpoint import from_pretrained
-from nni_plugin.workflow import Job, cross_entropy, run_job
+from nni_plugin.criteria.ablation import cross_entropy
+from nni_plugin.job import Job, schedule_of
+from nni_plugin.workflow import run_job
 
 DATA = {"batch_size": 256, "img_size": 8}
 
@@ -110,7 +112,7 @@ def test_errors_are_the_packages_own_and_leave_nothing(tmp_path, changes):
 @pytest.mark.parametrize("channels", [1, 7, 432, 5000])
 @pytest.mark.parametrize("steps", [1, 2, 5, 20, 39, 400, 23400])
 def test_schedule_is_over_within_the_first_half(tmp_path, kind, channels, steps):
-    made = module._schedule(dataclasses.replace(_job(tmp_path), schedule=kind), steps, channels)
+    made = schedule_of(dataclasses.replace(_job(tmp_path), schedule=kind), steps, channels)
     assert isinstance(made, Continuous if kind == "continuous" else Iterative)
     needed = math.ceil(channels / made.channels) * made.minibatches
     assert needed <= max(1, steps // 2)
@@ -121,7 +123,7 @@ def test_schedule_takes_what_the_user_says(tmp_path):
     job = dataclasses.replace(
         _job(tmp_path), schedule="continuous", prune_every=4, prune_channels=9, loss_threshold=0.5
     )
-    made = module._schedule(job, 100, 400)
+    made = schedule_of(job, 100, 400)
     assert (made.minibatches, made.channels, made.loss_threshold) == (4, 9, 0.5)
 
 

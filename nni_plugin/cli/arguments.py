@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import jsonargparse
-import torch
+
+from nni_plugin.errors import TrainingError
+from nni_plugin.machine import usable_device
 
 LIBRARIES = ("timm", "torchvision", "nni_plugin")
 LARGEST_SEED = 2**32 - 1
@@ -102,19 +104,17 @@ def count_or_fraction(text: Any) -> int | float:
         return number(text)
 
 
-def usable_device(text: Any) -> str:
+def device_name(text: Any) -> str:
     """Read the name of a device, and try whether it computes.
 
     Example:
-        >>> usable_device("cpu")
+        >>> device_name("cpu")
         'cpu'
     """
     try:
-        torch.zeros(1, device=torch.device(str(text))).item()
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
-        raise BadValue(f"{str(text)!r} cannot be used here ({reason}); the CPU can: cpu") from error
-    return str(text)
+        return str(usable_device(str(text)))
+    except TrainingError as error:
+        raise BadValue(str(error).removeprefix("--device: ")) from error
 
 
 def add_model(parser: jsonargparse.ArgumentParser, *, required: bool) -> None:
@@ -143,5 +143,5 @@ def add_common(parser: jsonargparse.ArgumentParser, *, output_required: bool) ->
     """Add what every command has."""
     add = parser.add_argument
     add("--seed", type=above(0, LARGEST_SEED), default=0, help="of weights, data order and dropout")
-    add("--device", type=usable_device, help="cpu, cuda, cuda:1, ... (the best there is)")
+    add("--device", type=device_name, help="cpu, cuda, cuda:1, ... (the best there is)")
     add("--output", type=Path, required=output_required, help="folder for the results")

@@ -120,7 +120,7 @@ def run(arguments: Any, command: str) -> None:
 
 def _job(arguments: Any) -> Any:
     from nni_plugin.adapters.training import TrainingConfig
-    from nni_plugin.workflow import Job
+    from nni_plugin.job import Job
 
     given = {flag: value for flag in ("macs", "params", "channels") if (value := arguments[flag]) is not None}
     if len(given) != 1:

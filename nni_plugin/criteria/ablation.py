@@ -222,7 +222,7 @@ class _Minibatch:
         if not math.isfinite(value):
             raise CriterionError(
                 f"The loss {when} is {value}: the minibatch is empty, holds values that are not finite, or the network "
-                "overflows."
+                "overflows. Look at the data and at the loss."
             )
         return value
 

@@ -93,7 +93,8 @@ class PerSampleGates:
             if term is None and member.index.numel():
                 raise CriterionError(
                     f"No gradient came to {member.path!r}: forward and backward must run inside collect(), with "
-                    "gradients enabled, the loss must depend on this layer, and the layer must be called as such."
+                    "gradients enabled, the loss must depend on this layer, the layer must be called as such, and "
+                    "it or a layer before it must have requires_grad (it may be frozen)."
                 )
             if term is None:
                 parameter = next(self.model.parameters())

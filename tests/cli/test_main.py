@@ -10,7 +10,7 @@ import pytest
 
 from nni_plugin.cli import main
 from nni_plugin.cli import main as entry
-from nni_plugin.cli.arguments import above, count_or_fraction, integers, names, number, usable_device
+from nni_plugin.cli.arguments import above, count_or_fraction, integers, names, number, device_name
 from nni_plugin.cli.main import COMMANDS, _as_flags, _readable, build_parser
 
 COMMON = {"--config", "--print_config", "--seed", "--device", "--output"}
@@ -97,7 +97,7 @@ def test_defaults_in_the_help_are_the_ones_taken(command):
         (number, 3, 3.0),
         (count_or_fraction, "223", 223),
         (count_or_fraction, "1.0", 1.0),
-        (usable_device, "cpu", "cpu"),
+        (device_name, "cpu", "cpu"),
     ],
 )
 def test_readers(read, text, value):
@@ -113,7 +113,7 @@ def test_readers(read, text, value):
         *((integers, text) for text in ("", "1,,2", "1,0", "1.5", [1, -1], "a")),
         *((number, text) for text in ("", "x", "nan", "inf", float("inf"), None)),
         *((count_or_fraction, text) for text in ("", "half", "nan")),
-        *((usable_device, text) for text in ("", "meta", "cuda:99", "cpu:x")),
+        *((device_name, text) for text in ("", "meta", "cuda:99", "cpu:x")),
     ],
 )
 def test_readers_refuse(read, text):

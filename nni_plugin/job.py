@@ -1,0 +1,121 @@
+"""What a pruning job asks for: the fields are the command line's flags."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from nni_plugin.adapters.training import TrainingConfig
+from nni_plugin.budgets import Budget
+from nni_plugin.channel_pruner import Selection
+from nni_plugin.errors import TrainingError
+from nni_plugin.schedules import Continuous, Iterative, OneShot, Schedule
+
+
+@dataclass(frozen=True)
+class Job:
+    """What to prune, how, and where to put it; the fields are the command line's flags.
+
+    Args:
+        model: Name of the model in its library.
+        output: Folder for the results.
+        budget: What the result may cost.
+        library: `"timm"`, `"torchvision"` or `"nni_plugin"`.
+        model_kwargs: Further arguments of the model's builder.
+        checkpoint: Weights to start from.
+        pretrained: Start from the library's published weights.
+        dataset: See `adapters.data.create_loaders`.
+        data_dir: Folder of the data.
+        data_kwargs: Further arguments of `create_loaders` (batch size, image size, ...).
+        method: See `methods.METHODS`.
+        schedule: `"one-shot"`, `"iterative"` or `"continuous"`.
+        prune_channels: Channels removed in a step; None: so many that pruning is over in the first half of training.
+        prune_every: Minibatches between steps; None: twenty steps or more in that half, at most 30 minibatches apart.
+        loss_threshold: Largest mean training loss at which a continuous schedule prunes.
+        score_batches: Minibatches that a one-shot schedule scores on; None takes all training data once (for `obs`,
+            which keeps a row for every image, about 2,000 images).
+        score_steps: Steps in which a one-shot schedule goes to the budget, each on fresh scores without training
+            between; None: 10 for a method that compensates (`obs`), 1 for the others.
+        round_to: Widths become multiples of this.
+        min_channels: No group gets narrower.
+        ignore: Layers to leave whole, by name.
+        select: Which groups may be pruned: `"all"`, `"skip-only"` or `"no-skip"`.
+        cost_aware: Rank by loss per unit of what the budget counts; None: as the method wants it.
+        divide_by_blocks: Divide the score of a residual group by the number of blocks that share its gate.
+        reconstruct: After one-shot pruning solve each layer's weights anew so that it gives what it gave in the dense
+            network; None: for `obs`.
+        reestimate: Estimate the statistics of batch normalisations anew after pruning without training.
+        pretrain: Training of the dense network; its `epochs` may be 0.
+        finetune: Training of the pruned network (while it is pruned, unless one-shot).
+        latency_batch_sizes: Batch sizes to measure the latency at.
+        device: Where to run; None takes the best there is.
+        seed: Of weights and data order; the training configurations have their own.
+    """
+
+    model: str
+    output: Path
+    budget: Budget
+    library: Literal["timm", "torchvision", "nni_plugin"] = "timm"
+    model_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    checkpoint: Path | None = None
+    pretrained: bool = False
+    dataset: str = "digits"
+    data_dir: Path | None = None
+    data_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    method: str = "taylor-fo"
+    schedule: Literal["one-shot", "iterative", "continuous"] = "one-shot"
+    prune_channels: int | None = None
+    prune_every: int | None = None
+    loss_threshold: float = 1.04
+    score_batches: int | None = None
+    score_steps: int | None = None
+    round_to: int = 1
+    min_channels: int = 1
+    ignore: tuple[str, ...] = ()
+    select: Selection = "all"
+    cost_aware: bool | None = None
+    divide_by_blocks: bool = False
+    reconstruct: bool | None = None
+    reestimate: bool = False
+    pretrain: TrainingConfig = field(default_factory=lambda: TrainingConfig(epochs=0))
+    finetune: TrainingConfig = field(default_factory=lambda: TrainingConfig(epochs=0))
+    latency_batch_sizes: tuple[int, ...] = (1, 64)
+    device: str | None = None
+    seed: int = 0
+
+    def settings(self) -> dict[str, Any]:
+        """Return what decides the outcome, as JSON values; what a resumed run must share."""
+        values = asdict(self)
+        for name in ("output", "latency_batch_sizes"):
+            del values[name]
+        for training in (values["pretrain"], values["finetune"]):
+            del training["checkpoint_every"]
+        values["budget"] = repr(self.budget)
+        settings: dict[str, Any] = json.loads(json.dumps(values, default=str))
+        return settings
+
+
+def schedule_of(job: Job, steps: int, channels: int) -> Schedule:
+    """Fill in what the user left open so that pruning is over within the first half of training.
+
+    Args:
+        job: What was asked.
+        steps: Minibatches of fine-tuning.
+        channels: Channels that may be pruned.
+
+    Raises:
+        TrainingError: A schedule within training, and there is no training.
+    """
+    if job.schedule == "one-shot":
+        return OneShot()
+    if steps == 0:
+        raise TrainingError("--schedule iterative and continuous prune while they train: give --epochs above 0.")
+    every = job.prune_every or max(1, min(30, steps // 40))
+    number = job.prune_channels or math.ceil(channels / max(1, steps // 2 // every))
+    if job.schedule == "continuous":
+        return Continuous(number, every, loss_threshold=job.loss_threshold)
+    return Iterative(number, every)
