@@ -54,7 +54,7 @@ class _Prune:
 
     def __call__(self, state: Path) -> dict[str, Any]:
         program, output = Path(sys.executable).with_name("nni-plugin"), state / "output"
-        options = ["--data-dir", DATA_DIR, "--output", output]
+        options = ["--data-dir", str(DATA_DIR), "--output", str(output)]
         if output.exists():
             options.append("--resume")
         subprocess.run([program, *self.command.split(), *options], check=True)

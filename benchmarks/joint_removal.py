@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from nni_plugin.benchmarks.presets import Preset
 from nni_plugin.budgets import Budget, Channels, MACs
 from nni_plugin.compensation import reestimate_batchnorm
 from nni_plugin.cost import count
-from nni_plugin.criteria import OBS, TaylorFisher
+from nni_plugin.criteria import OBS, Criterion, TaylorFisher
 from nni_plugin.criteria.ablation import cross_entropy
 from nni_plugin.methods import create_criterion
 from nni_plugin.planner import plan_channels, unchanged
@@ -53,7 +53,7 @@ METHODS = (
     "tp:fpgm",
     "tp:bn-scale",
 )
-VARIANTS = {
+VARIANTS: dict[str, Callable[[], Criterion]] = {
     "obs:no-compensation": lambda: OBS(compensate=False),
     "obs:linear": lambda: OBS(linear=True),
     "obs:cost-aware": lambda: OBS(cost_aware=True),

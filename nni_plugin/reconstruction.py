@@ -122,6 +122,7 @@ def _rows(
     """Return what a layer reads in the pruned network and gives in the dense one, `[rows, inputs or outputs]`."""
     generator = torch.Generator().manual_seed(seed)
     layer = pruned.get_submodule(path)
+    width = len(layer.get_parameter("weight"))
     inputs: list[Tensor] = []
     outputs: list[Tensor] = []
     for batch in batches:
@@ -139,7 +140,7 @@ def _rows(
                 x, y = x[at_rows], y[at_rows]
             inputs.append(x)
             outputs.append(y)
-        if len(inputs[-1]) != len(outputs[-1]) or outputs[-1].shape[1] != layer.weight.shape[0]:
+        if len(inputs[-1]) != len(outputs[-1]) or outputs[-1].shape[1] != width:
             raise SurgeryError(f"Layer {path!r} does not give the same outputs in both networks.")
     return torch.cat(inputs).double(), torch.cat(outputs).double()
 
@@ -196,7 +197,8 @@ def _solve(layer: nn.Module, rows: Tensor, targets: Tensor) -> float:
     def change(rows: Tensor, missing: Tensor, ridge: float) -> Tensor:
         system = rows.T @ rows
         system.diagonal().add_(ridge * float(system.diagonal().mean()) + 1e-12)
-        return torch.linalg.solve(system, rows.T @ missing).T
+        solution: Tensor = torch.linalg.solve(system, rows.T @ missing)
+        return solution.T
 
     errors = {}
     for ridge in RIDGES:

@@ -46,6 +46,9 @@ class GateCriterion(Criterion):
     needs_groups = False
     """Whether `collect` must be told the groups."""
 
+    _layout: GateLayout | None = None
+    _watcher: PerSampleGates | None = None
+
     def __init__(self, gates: Gates = "auto") -> None:
         if gates not in ("auto", "bn", "weight", "input"):
             raise CriterionError(f"gates must be 'auto', 'bn', 'weight' or 'input', got {gates!r}.")
@@ -77,7 +80,8 @@ class GateCriterion(Criterion):
                     yield self
                 else:
                     members = self._layout.members if self._layout else self._all_members(self._model)
-                    with PerSampleGates(self._model, members) as self._watcher:
+                    with PerSampleGates(self._model, members) as watcher:
+                        self._watcher = watcher
                         yield self
             finally:
                 self._watcher = None
@@ -88,8 +92,6 @@ class GateCriterion(Criterion):
         self.samples = 0
         self._sums: Sums = {}
         self._rows: dict[tuple[str, Axis], list[Tensor]] = {}
-        self._layout: GateLayout | None = getattr(self, "_layout", None)
-        self._watcher: PerSampleGates | None = getattr(self, "_watcher", None)
 
     # -- what a subclass says ----------------------------------------------------------------------------
 

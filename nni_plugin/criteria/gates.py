@@ -78,14 +78,14 @@ class GateLayout:
         """
         root = group.members[0]
         for ours in self._groups.values():
-            start = self._slices[ours.name].start
+            start = int(self._slices[ours.name].start)
             if ours is group or (ours.name == group.name and ours.width == group.width):
                 return torch.arange(start, start + group.width)
             for member in ours.members:
                 if (member.path, member.axis) == (root.path, root.axis) and len(member.index) == len(root.index):
                     at = torch.full((int(member.index.max()) + 1,), -1)
                     at[member.index] = member.channel
-                    channels = torch.empty(group.width, dtype=torch.int64)
+                    channels: Tensor = torch.empty(group.width, dtype=torch.int64)
                     channels[root.channel] = at[root.index.clamp(max=len(at) - 1)]
                     if ours.width == group.width and bool((channels >= 0).all()):
                         return channels + start

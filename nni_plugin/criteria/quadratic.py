@@ -184,7 +184,8 @@ class _LowRank(_Inverse):
         self._dots = self._diagonal()
 
     def _diagonal(self) -> Tensor:
-        return torch.linalg.vecdot(self.rows, self.solved, dim=0).double()
+        dots: Tensor = torch.linalg.vecdot(self.rows, self.solved, dim=0).double()
+        return dots
 
     def diagonal(self) -> Tensor:
         return ((1 - self._dots) / self.ridge).clamp_min(1e-12 / self.ridge)

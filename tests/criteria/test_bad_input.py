@@ -140,7 +140,7 @@ def test_a_loss_that_is_not_finite(ask: Any, method: str, value: float) -> None:
 def test_images_that_are_not_finite(ask: Any, method: str) -> None:
     model, data = network(), batches()
     data[1][0][0, 0, 0, 0] = math.nan
-    with untouched(model), pytest.raises(CriterionError, match="(?i)look at the data"):
+    with untouched(model), pytest.raises(CriterionError, match=r"(?i)look at the data"):
         ask(model, create_criterion(method), data)
 
 
