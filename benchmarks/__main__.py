@@ -25,6 +25,7 @@ from nni_plugin.benchmarks import (
     resnet20_table4,
     resnet101_schedule,
     schedules_fig6,
+    scoring_memory,
     scoring_overhead,
 )
 from nni_plugin.errors import NNIPluginError
@@ -39,6 +40,7 @@ BENCHMARKS: dict[str, ModuleType] = {
     "correlations": correlations,
     "joint_removal": joint_removal,
     "oracle_speed": oracle_speed,
+    "scoring_memory": scoring_memory,
 }
 """Each has `run(**options)`, whose typed arguments are its options, and may have `render(result)` for a page of
 Markdown and `plot(result, path)` for its figure."""

@@ -31,7 +31,7 @@ from nni_plugin.adapters.torch_pruning import (
 )
 from nni_plugin.budgets import Budget, Size
 from nni_plugin.compensation import fold_factors
-from nni_plugin.cost import count
+from nni_plugin.cost import count, on_device_of
 from nni_plugin.criteria.base import Criterion
 from nni_plugin.errors import CriterionError, GraphError, ScheduleError, SurgeryError
 from nni_plugin.groups import ChannelGroup, narrowed
@@ -130,13 +130,14 @@ class ChannelPruner:
         self.optimizer, self.ema, self._state = state.optimizer, state.ema, state
         self.open()
 
-    def on_backward(self, loss: float, batch: Any = None, *, loss_scale: float = 1.0) -> None:
+    def on_backward(self, loss: float, batch: Any = None, *, loss_scale: float | None = None) -> None:
         """Take in a minibatch: gradients are there (unscaled), nothing is clipped or stepped yet.
 
         Args:
             loss: The minibatch's training loss.
-            batch: The minibatch, for a criterion that runs the network on it (the Oracle).
-            loss_scale: What the loss was multiplied with for the backward pass, by a gradient scaler.
+            batch: The minibatch, for a criterion that runs the network on it (the Oracle); None: the training state's.
+            loss_scale: What the loss was multiplied with for the backward pass, by a gradient scaler; None: what the
+                training state says, or 1.
 
         Raises:
             CriterionError: The loss is not finite, or a layer lacks the gradients to score it.
@@ -148,8 +149,8 @@ class ChannelPruner:
                 self._loss_sum += loss
                 self._since_check += 1
                 self._window += 1
-                batch = getattr(self._state, "batch", batch)
-                loss_scale = getattr(self._state, "loss_scale", loss_scale)
+                batch = getattr(self._state, "batch", None) if batch is None else batch
+                loss_scale = getattr(self._state, "loss_scale", 1.0) if loss_scale is None else loss_scale
                 self.scorer.update(self.model, self.groups, due=self._due(), batch=batch, loss_scale=loss_scale)
             self._masks.zero_grads()
 
@@ -167,8 +168,8 @@ class ChannelPruner:
             self.step()
             if self.optimizer is None and self.live.is_cut:
                 warnings.warn(
-                    "Channels were cut without an optimizer to cut along: give ChannelPruner(optimizer=...), or call "
-                    "carry_optimizer(optimizer, model.pruning_plan) before its next step.",
+                    "Channels were cut without an optimizer to cut along, whose next step will fail: give "
+                    "ChannelPruner(optimizer=...), or build it anew.",
                     stacklevel=2,
                 )
         elif self._since_check >= (self.schedule.minibatches or math.inf):
@@ -182,6 +183,7 @@ class ChannelPruner:
 
     def step(self) -> None:
         """Take the schedule's next step now, with what has been collected since the last."""
+        self.scorer.read_unless_read(self.groups)
         self._prune(final=self.schedule.channels is None and len(self.steps) + 1 >= (self.schedule.steps or 1))
 
     def finish(self) -> PruningPlan:
@@ -204,6 +206,7 @@ class ChannelPruner:
     def open(self) -> None:
         """Start watching the network, before its first forward pass; `close()` ends it."""
         if not self.done:
+            self._masks.zero_weights()  # whatever has been put into the network since, dead channels stay dead
             self.scorer.open(self.model, self.groups)
 
     def close(self) -> None:
@@ -284,6 +287,8 @@ class ChannelPruner:
             self.scorer.range = dict(state["scorer"]["range"])  # part of the plan that the network will carry
             self._remove_physically(self.live.relative())
         self.live.load_state_dict(live)  # the factors have been folded into the saved weights
+        if self.live.is_cut:
+            self._note_plan()
         self._masks.remove(self.live.kept)
         self._masks.zero_weights()
         self._since_check, self._window, self._loss_sum = state["since"]
@@ -315,7 +320,7 @@ class ChannelPruner:
         return self.schedule.due(self._since_check, self._loss_sum / max(self._since_check, 1))
 
     def _ranking(self, scores: Mapping[str, Tensor]) -> Ranking:
-        if self.divide_by_blocks:
+        if self.divide_by_blocks and not self.scorer.is_ranking:
             scores = {group.name: scores[group.name] / group.blocks for group in self.groups}
         return Ranking(self.groups, scores, round_to=self.round_to, min_channels=self.min_channels)
 
@@ -338,6 +343,10 @@ class ChannelPruner:
             self._compensate(said.factors)
             self._masks.remove(kept)
             self._masks.zero_weights()
+            if self.ema is not None:  # once: an average of zeros stays zero
+                average = Masks(self.ema, self.groups)
+                average.remove(kept)
+                average.zero_weights()
             self._since_check, self._window, self._loss_sum = 0, 0, 0.0
             size = self.size()
             self.live.record(size, mean_loss if self.scorer.needs_data else None, said.predicted_loss_change)
@@ -407,11 +416,15 @@ class ChannelPruner:
             hosts = {group.name: group.host for group in find_groups(self.model, self._inputs(), keep_host=True)}
             groups = [dataclasses.replace(group, host=hosts.get(group.name)) for group in groups]
         self._take(groups)
+        self._note_plan()
+
+    def _note_plan(self) -> None:
+        """Let the network carry the plan of what has left it."""
         whole = self.plan()
         self.model.pruning_plan = whole if self._earlier is None else self._earlier.then(whole)  # type: ignore[assignment]
 
     def _inputs(self) -> Any:
-        self.example_inputs = _on_device_of(self.model, self.example_inputs)
+        self.example_inputs = on_device_of(self.model, self.example_inputs)
         return self.example_inputs
 
     @contextmanager
@@ -421,15 +434,3 @@ class ChannelPruner:
             yield
         finally:
             self.seconds[what] += time.perf_counter() - begun
-
-
-def _on_device_of(model: nn.Module, inputs: Any) -> Any:
-    """Return nested inputs on the device of a model that may have moved since they were made."""
-    device = next(model.parameters()).device
-    if isinstance(inputs, Tensor):
-        return inputs.to(device)
-    if isinstance(inputs, dict):
-        return {key: _on_device_of(model, value) for key, value in inputs.items()}
-    if isinstance(inputs, (tuple, list)):
-        return tuple(_on_device_of(model, value) for value in inputs)
-    return inputs

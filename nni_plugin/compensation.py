@@ -55,7 +55,7 @@ def reestimate_batchnorm(model: nn.Module, batches: Iterable[Any], forward: Call
     modes = {module: module.training for module in model.modules()}
     momenta = {norm: norm.momentum for norm in norms}
     before = [(norm.running_mean.clone(), norm.running_var.clone(), norm.num_batches_tracked.clone()) for norm in norms]  # type: ignore[union-attr]
-    seen = 0
+    complete = False
     model.eval()
     try:
         for norm in norms:
@@ -64,17 +64,20 @@ def reestimate_batchnorm(model: nn.Module, batches: Iterable[Any], forward: Call
             norm.train()
         for batch in batches:
             forward(model, batch)
-            seen += 1
+            complete = True
+    except BaseException:
+        complete = False
+        raise
     finally:
         for module, training in modes.items():
             module.training = training
         for norm in norms:
             norm.momentum = momenta[norm]
-        if seen == 0:
+        if not complete:
             for norm, values in zip(norms, before, strict=True):
                 for buffer, value in zip(
                     (norm.running_mean, norm.running_var, norm.num_batches_tracked), values, strict=True
                 ):
                     buffer.copy_(value)  # type: ignore[union-attr]
-    if seen == 0:
+    if not complete:
         raise DataError("There is no minibatch to estimate the statistics of batch normalisations on.")

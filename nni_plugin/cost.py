@@ -150,3 +150,15 @@ def count(model: nn.Module, example_inputs: Any) -> Cost:
         Cost(macs=3456, params=216)
     """
     return Cost(count_macs_by_module(model, example_inputs)[""], count_params(model))
+
+
+def on_device_of(model: nn.Module, inputs: Any) -> Any:
+    """Return nested inputs on the device of a model that may have moved since they were made."""
+    device = next(model.parameters()).device
+    if isinstance(inputs, Tensor):
+        return inputs.to(device)
+    if isinstance(inputs, dict):
+        return {key: on_device_of(model, value) for key, value in inputs.items()}
+    if isinstance(inputs, (tuple, list)):
+        return tuple(on_device_of(model, value) for value in inputs)
+    return inputs

@@ -143,7 +143,7 @@ def _pass_over(
                 if not pruner.scorer.foreign:  # a stock importance reads the sum over the minibatches
                     model.zero_grad(set_to_none=True)
                 loss = pruner.scorer.backward(model, batch, loss_fn, create_graph=pruner.needs_graph)
-                pruner.on_backward(loss, batch)
+                pruner.on_backward(loss, batch, loss_scale=1.0)
                 pruner.on_step()
                 bar.update()
                 if pruner.done:

@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 from nni_plugin.adapters.torch_pruning import find_groups, kept_outputs
 from nni_plugin.adapters.torch_pruning.surgery import check_fit
+from nni_plugin.cost import on_device_of
 from nni_plugin.errors import DataError, PlanError, SurgeryError
 
 RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
@@ -47,8 +48,9 @@ def reconstruct(
     """Re-solve the weights of a pruned network's dense layers, in place.
 
     Args:
-        pruned: The compact network, as `plan.apply` or a pruner left it; of its `nn.Linear` and ungrouped
-            convolutions weights and biases change, nothing else.
+        pruned: The compact network, as `plan.apply` or a pruner left it. Weights and biases of plain `nn.Linear` and
+            ungrouped `nn.Conv2d` layers change, nothing else; layers of other classes (weight standardisation,
+            padding of their own), called twice, or with shared weights stay as they are.
         dense: The network it was cut from; unchanged.
         example_inputs: One tensor `[N, ...]`, or a tuple or dict of inputs, to trace the dense network with.
         batches: Minibatches that can be gone through again; a few thousand images do. Labels are not used.
@@ -60,13 +62,14 @@ def reconstruct(
         By layer the share of the squared error that is left on held-out rows; 1 where the weights stay.
 
     Raises:
-        DataError: There is no minibatch.
+        DataError: There is no minibatch, or what a layer reads or gives is not finite.
         PlanError: The pruned network has no plan, or it does not fit the dense one.
         SurgeryError: A layer does not see the same in both networks.
     """
     plan = getattr(pruned, "pruning_plan", None)
     if plan is None:
         raise PlanError("The pruned network has no pruning_plan: apply one with plan.apply(model, example_inputs).")
+    example_inputs = on_device_of(dense, example_inputs)
     with torch.enable_grad():
         groups = find_groups(dense, example_inputs)
     check_fit(plan, groups)
@@ -86,17 +89,24 @@ def reconstruct(
     return left
 
 
-def _solvable(layer: nn.Module) -> bool:
-    return isinstance(layer, nn.Linear) or (isinstance(layer, nn.Conv2d) and layer.groups == 1)
+def _solvable(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """Return the layers whose output is their own weight times what they read."""
+    names: dict[int, int] = {}
+    for _, parameter in model.named_parameters(remove_duplicate=False):
+        names[id(parameter)] = names.get(id(parameter), 0) + 1
+    return [
+        (path, layer)
+        for path, layer in model.named_modules()
+        if (type(layer) is nn.Linear or (type(layer) is nn.Conv2d and layer.groups == 1))
+        and all(names[id(parameter)] == 1 for parameter in layer.parameters())
+    ]
 
 
 def _order(model: nn.Module, batches: Iterable[Any], forward: Callable[[nn.Module, Any], Any]) -> list[str]:
     """Return the layers to solve in the order in which they run, those that run once."""
     calls: list[str] = []
     handles = [
-        layer.register_forward_pre_hook(lambda _, __, path=path: calls.append(path))
-        for path, layer in model.named_modules()
-        if _solvable(layer)
+        layer.register_forward_pre_hook(lambda _, __, path=path: calls.append(path)) for path, layer in _solvable(model)
     ]
     try:
         batch = next(iter(batches), None)
@@ -142,7 +152,12 @@ def _rows(
             outputs.append(y)
         if len(inputs[-1]) != len(outputs[-1]) or outputs[-1].shape[1] != width:
             raise SurgeryError(f"Layer {path!r} does not give the same outputs in both networks.")
-    return torch.cat(inputs).double(), torch.cat(outputs).double()
+    if not inputs:
+        raise DataError("There is no minibatch left: give minibatches that can be gone through again, such as a list.")
+    rows, targets = torch.cat(inputs).double(), torch.cat(outputs).double()
+    if not bool(torch.isfinite(rows).all() and torch.isfinite(targets).all()):
+        raise DataError(f"What layer {path!r} reads or gives is not finite: look at the data.")
+    return rows, targets
 
 
 def _samples(batch: Any) -> int:
@@ -171,9 +186,8 @@ def _reach(model: nn.Module, path: str, batch: Any, forward: Callable[[nn.Module
 
 def _patches(layer: nn.Conv2d, x: Tensor, at: list[int], width: int) -> Tensor:
     """Return the windows that a convolution reads for these output positions, `[positions * N, inputs * kernel]`."""
-    assert not isinstance(layer.padding, str) or layer.padding == "valid"
-    pad_y, pad_x = layer.padding if isinstance(layer.padding, tuple) else (0, 0)
-    x = F.pad(x, (int(pad_x), int(pad_x), int(pad_y), int(pad_y)), mode="constant")
+    mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
+    x = F.pad(x, layer._reversed_padding_repeated_twice, mode=mode)
     (sy, sx), (dy, dx), (ky, kx) = layer.stride, layer.dilation, layer.kernel_size
     windows = []
     for i in at:
@@ -190,24 +204,31 @@ def _solve(layer: nn.Module, rows: Tensor, targets: Tensor) -> float:
     if isinstance(bias, Tensor):
         rows = torch.cat([rows, rows.new_ones(len(rows), 1)], 1)
         start = torch.cat([start, bias.detach().double()[:, None]], 1)
-    held_out = torch.arange(len(rows), device=rows.device) % 5 == 0
+    held_out = torch.arange(len(rows), device=rows.device) >= len(rows) * 4 // 5  # the last images
     missing = targets - rows @ start.T
     before = float(missing[held_out].square().sum())
 
-    def change(rows: Tensor, missing: Tensor, ridge: float) -> Tensor:
-        system = rows.T @ rows
-        system.diagonal().add_(ridge * float(system.diagonal().mean()) + 1e-12)
-        solution: Tensor = torch.linalg.solve(system, rows.T @ missing)
-        return solution.T
+    def change(at: Tensor) -> Callable[[float], Tensor]:
+        """Return the weights' change for a ridge, by the smaller of the two linear systems."""
+        x, y = rows[at], missing[at]
+        wide = x.shape[1] > len(x)
+        gram = x @ x.T if wide else x.T @ x
+        scale = float(x.square().sum() / x.shape[1])
 
-    errors = {}
-    for ridge in RIDGES:
-        step = change(rows[~held_out], missing[~held_out], ridge)
-        errors[ridge] = float((missing[held_out] - rows[held_out] @ step.T).square().sum())
+        def of(ridge: float) -> Tensor:
+            system = gram.clone()
+            system.diagonal().add_(ridge * scale + 1e-12)
+            solution: Tensor = x.T @ torch.linalg.solve(system, y) if wide else torch.linalg.solve(system, x.T @ y)
+            return solution.T
+
+        return of
+
+    fitted = change(~held_out)
+    errors = {ridge: float((missing[held_out] - rows[held_out] @ fitted(ridge).T).square().sum()) for ridge in RIDGES}
     best = min(errors, key=errors.__getitem__)
-    if before <= 0 or errors[best] >= before:
+    if not errors[best] < before:
         return 1.0
-    new = start + change(rows, missing, best)
+    new = start + change(torch.ones_like(held_out))(best)
     if isinstance(bias, Tensor):
         bias.copy_(new[:, -1])
         new = new[:, :-1]

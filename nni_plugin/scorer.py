@@ -111,6 +111,11 @@ class Scorer:
         elif due:
             self.read(groups)
 
+    def read_unless_read(self, groups: Sequence[ChannelGroup]) -> None:
+        """Ask a stock importance now, unless it was asked at the last minibatch."""
+        if not self._fresh:
+            self.read(groups)
+
     def read(self, groups: Sequence[ChannelGroup]) -> None:
         """Ask a stock importance now, while the gradients are there."""
         if not isinstance(self.criterion, Criterion):

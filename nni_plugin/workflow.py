@@ -112,10 +112,10 @@ class _Run:
         baseline = self._top1()
         self.say(f"dense: top-1 {baseline:.2f} %, {count(self.model, self.examples)}")
 
-        begun = time.perf_counter()
         prune = self._prune_then_train if self.job.schedule == "one-shot" else self._prune_while_training
         pruner, after_cut, later = prune()
-        seconds = {**pruner.seconds, "finetune": time.perf_counter() - begun - sum(pruner.seconds.values())}
+        within = 0.0 if self.job.schedule == "one-shot" else sum(pruner.seconds.values())
+        seconds = {**pruner.seconds, "finetune": max(sum(row["seconds"] for row in later) - within, 0.0)}
         plan, parity = self._with_provenance(pruner.plan()), pruner.parity
         assert parity is not None  # the budget is below the dense network's cost, so something was cut
         self.say(plan.explain())
@@ -167,10 +167,11 @@ class _Run:
         self.model.eval()
         # A resumed run has not drawn the random numbers of the training before.
         torch.manual_seed(self.job.seed)
-        begun, planned = time.perf_counter(), pruner.seconds["plan"]
+        begun, before = time.perf_counter(), dict(pruner.seconds)
         run_without_training(pruner, self._score_batches(), cross_entropy, reestimate=self.job.reestimate)
         self.model.zero_grad(set_to_none=True)
-        pruner.seconds["score"] += time.perf_counter() - begun - (pruner.seconds["plan"] - planned)
+        planning = pruner.seconds["plan"] - before["plan"]
+        pruner.seconds["score"] = before["score"] + time.perf_counter() - begun - planning
         pruner.cut()
 
     def _prune_while_training(self) -> tuple[ChannelPruner, float, list[dict[str, float]]]:

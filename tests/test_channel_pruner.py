@@ -511,5 +511,5 @@ def test_a_cut_without_an_optimizer_says_so() -> None:
     loss = nn.functional.cross_entropy(model(x), y)
     loss.backward()
     pruner.on_backward(float(loss.detach()))
-    with pytest.warns(UserWarning, match="carry_optimizer"):
+    with pytest.warns(UserWarning, match="whose next step will fail"):
         pruner.on_step()

@@ -11,7 +11,19 @@ import torch_pruning as tp
 from networks_at_random import Branches, assert_same, conv_bn, randomise, state_of
 from torch import Tensor, nn
 
-from nni_plugin import Channels, Continuous, Iterative, MACs, OneShot, Params, PruningPlan, count, plan_channels, verify
+from nni_plugin import (
+    Channels,
+    Continuous,
+    Gradual,
+    Iterative,
+    MACs,
+    OneShot,
+    Params,
+    PruningPlan,
+    count,
+    plan_channels,
+    verify,
+)
 from nni_plugin.adapters.torch_pruning import find_groups
 from nni_plugin.criteria import TaylorFO
 from nni_plugin.errors import BudgetError, CriterionError, GraphError, NNIPluginError
@@ -428,3 +440,16 @@ def test_what_a_criterion_has_seen_before_does_not_count() -> None:
         used.update()
     plans = [plan_channels(residual(), X, c, batches(), loss_fn, Channels(9)) for c in (used, fresh)]
     assert plans[0] == plans[1]
+
+
+@pytest.mark.parametrize("budget", [MACs(0.5), Params(0.6), Channels(0.5)])
+@pytest.mark.parametrize("criterion", [TaylorFO, tp.importance.GroupTaylorImportance])
+def test_gradual_takes_its_steps_and_meets_the_budget(criterion: Callable[[], Any], budget: Any) -> None:
+    model = residual().eval()
+    plan = plan_channels(model, X, criterion(), batches(), loss_fn, budget, schedule=Gradual(3))
+    steps = plan.provenance["steps"]
+    assert len(steps) == 3
+    sizes = [step["channels"] for step in steps]
+    assert sizes == sorted(set(sizes), reverse=True)
+    once = plan_channels(model, X, criterion(), batches(), loss_fn, budget)
+    assert plan.channels_kept == pytest.approx(once.channels_kept, abs=2)

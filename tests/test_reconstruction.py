@@ -89,3 +89,47 @@ def test_what_is_missing_is_said() -> None:
     with pytest.raises(DataError, match="no minibatch"):
         reconstruct(pruned, dense, BATCHES[0], [], forward)
     assert_same(pruned, before)
+
+
+@pytest.mark.parametrize(
+    "padding",
+    [{"padding": "same"}, {"padding": 1, "padding_mode": "reflect"}, {"padding": (1, 2), "padding_mode": "circular"}],
+)
+def test_padding_of_every_kind(padding: dict) -> None:
+    torch.manual_seed(0)
+    first = nn.Conv2d(3, 8, 3, padding=1)
+    with torch.no_grad():
+        first.weight[1::2], first.bias[1::2] = first.weight[::2], first.bias[::2]
+    dense = nn.Sequential(first, nn.ReLU(), nn.Conv2d(8, 4, 3, **padding), nn.AdaptiveAvgPool2d(2), nn.Flatten())
+    dense = dense.append(nn.Linear(16, 3)).double().eval()
+    pruned = PruningPlan((GroupPlan("0", 8, (0, 2, 4, 6)),)).apply(copy.deepcopy(dense), BATCHES[0])
+    assert reconstruct(pruned, dense, BATCHES[0], BATCHES, forward)["2"] < 1e-6
+    assert difference(pruned, dense) < 1e-6
+
+
+class Standardised(nn.Conv2d):
+    """A convolution that computes with other weights than it holds."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self._conv_forward(x, self.weight - self.weight.mean((1, 2, 3), keepdim=True), self.bias)
+
+
+def test_layers_of_other_classes_and_shared_weights_stay() -> None:
+    torch.manual_seed(0)
+    tied = nn.Linear(4, 4)
+    dense = nn.Sequential(Standardised(3, 8, 3), nn.Flatten(), nn.Linear(8 * 36, 4), nn.ReLU(), tied, nn.ReLU(), tied)
+    dense = dense.double().eval()
+    pruned = PruningPlan((GroupPlan("0", 8, (0, 2, 4, 6)),)).apply(copy.deepcopy(dense), BATCHES[0])
+    kept = {name: tensor.clone() for name, tensor in pruned.state_dict().items() if not name.startswith("2.")}
+    assert list(reconstruct(pruned, dense, BATCHES[0], BATCHES, forward)) == ["2"]
+    assert all(torch.equal(pruned.state_dict()[name], value) for name, value in kept.items())
+
+
+def test_values_that_are_not_finite_change_nothing() -> None:
+    dense = twins().eval()
+    pruned = PruningPlan((GroupPlan("0", 8, (0, 2, 4)),)).apply(copy.deepcopy(dense), BATCHES[0])
+    before = state_of(pruned)
+    broken = [torch.full_like(BATCHES[0], torch.nan)]
+    with pytest.raises(DataError, match="not finite"):
+        reconstruct(pruned, dense, BATCHES[0], broken, forward)
+    assert_same(pruned, before)

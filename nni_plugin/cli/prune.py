@@ -45,7 +45,11 @@ def add_arguments(parser: jsonargparse.ArgumentParser) -> None:
     add("--prune-channels", type=above(1), help="channels removed in a step (done in the first half of --epochs)")
     add("--prune-every", type=above(1), help="minibatches between steps (likewise, at most 30)")
     add("--loss-threshold", type=number, default=1.04, help="largest training loss at which a continuous one prunes")
-    add("--score-batches", type=above(1), help="minibatches that one-shot scores on (all training data)")
+    add(
+        "--score-batches",
+        type=above(1),
+        help="minibatches that one-shot scores on (all training data; obs: 2,000 images)",
+    )
     add("--score-steps", type=above(1), help="steps of one-shot, each on fresh scores (obs: 10, others: 1)")
     add("--reconstruct", type=optional_bool, help="after one-shot, solve weights anew by least squares (obs: true)")
     add("--bn-reestimate", dest="reestimate", action="store_true", help="new BN statistics after one-shot pruning")
@@ -122,6 +126,10 @@ def _job(arguments: Any) -> Any:
     from nni_plugin.adapters.training import TrainingConfig
     from nni_plugin.job import Job
 
+    in_vain = [flag for flag in ("reconstruct", "score_steps", "reestimate") if arguments[flag]]
+    if in_vain and arguments.schedule != "one-shot":
+        flag = {"reestimate": "bn-reestimate"}.get(in_vain[0], in_vain[0].replace("_", "-"))
+        raise argparse.ArgumentError(None, f"--{flag} belongs to --schedule one-shot: others prune while they train")
     given = {flag: value for flag in ("macs", "params", "channels") if (value := arguments[flag]) is not None}
     if len(given) != 1:
         raise argparse.ArgumentError(

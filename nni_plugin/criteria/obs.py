@@ -15,6 +15,7 @@ Cost: that of Taylor-Fisher for the data, then a few seconds of linear algebra; 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
@@ -27,6 +28,7 @@ from nni_plugin.criteria.base import Conclusion, Criterion
 from nni_plugin.criteria.gate_criterion import GateCriterion, Gates, Sums
 from nni_plugin.errors import CriterionError
 from nni_plugin.groups import ChannelGroup
+from nni_plugin.tensors import tensor_of
 
 DAMPINGS = (0.01, 0.03, 0.1, 0.3, 1.0)
 """What `damping="auto"` chooses from."""
@@ -61,9 +63,9 @@ class OBS(GateCriterion):
         cost_aware: bool = False,
         max_samples: int = 4096,
     ) -> None:
-        if damping != "auto" and (isinstance(damping, (str, bool)) or not damping > 0):
+        if damping != "auto" and (not _is_number(damping) or not 0 < float(damping) < math.inf):
             raise CriterionError(f"damping must be a number above 0 or 'auto', got {damping!r}.")
-        if isinstance(max_samples, bool) or max_samples < 1:
+        if isinstance(max_samples, bool) or not isinstance(max_samples, int) or max_samples < 1:
             raise CriterionError(f"max_samples must be an integer of at least 1, got {max_samples!r}.")
         self.damping, self.compensate, self.linear, self.cost_aware = damping, compensate, linear, cost_aware
         self.max_samples = max_samples
@@ -96,11 +98,13 @@ class OBS(GateCriterion):
         """Tell whether a factor on the gate of each channel can be folded into the layers that write it."""
         if self._members(model, group) != group.writers:
             return False
+        parameters = []
         for writer in group.writers:
             pieces = [p for p in writer.slices if not p.tensor.rpartition(".")[2].startswith("running_")]
             if not pieces or any(len(p.index) != len(writer.index) for p in pieces):
                 return False
-        return True
+            parameters += [id(tensor_of(model, piece.tensor)) for piece in pieces]
+        return len(set(parameters)) == len(parameters)  # a shared weight would take the factor twice
 
     # -- what the pruner asks ----------------------------------------------------------------------------
 
@@ -117,7 +121,7 @@ class OBS(GateCriterion):
         if not bool(torch.isfinite(gradients).all()):
             return torch.full((self._layout.size,), torch.nan)
         costs = torch.ones(self._layout.size, dtype=torch.float64)
-        if self.cost_aware and self.costs:
+        if self.costs:
             for name, part in self._layout.split(costs).items():
                 part.fill_(max(self.costs[name], 1e-12))
         alive = (gradients != 0).any(0)
@@ -187,3 +191,7 @@ class OBS(GateCriterion):
 
     def _scores(self, mean: Sums) -> Tensor:
         raise NotImplementedError("OBS orders all groups together.")
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)

@@ -30,8 +30,12 @@ POOL = 4
 
 
 def damped(gradients: Tensor, damping: float) -> float:
-    """Return what is added to the diagonal of the Fisher matrix: `damping` times the mean of its diagonal."""
-    return max(damping * float(gradients.double().square().sum() / gradients.numel()), 1e-30)
+    """Return what is added to the diagonal of the Fisher matrix: `damping` times the mean of its diagonal.
+
+    Gates without any gradient (removed before) do not count, so that it is the same whether they are still there.
+    """
+    alive = max(int((gradients != 0).any(0).sum()), 1)
+    return max(damping * float(gradients.double().square().sum()) / (len(gradients) * alive), 1e-30)
 
 
 def removal_order(

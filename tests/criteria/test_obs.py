@@ -163,13 +163,57 @@ def test_predicted_change_meets_the_measured_one(resnet: nn.Module) -> None:
 
 
 def test_cost_aware_needs_fewer_channels_for_the_same_macs(resnet: nn.Module) -> None:
-    removed = {
-        aware: plan_channels(
-            resnet, batches()[0][0], OBS(cost_aware=aware), batches(), loss_of, MACs(0.7)
-        ).channels_removed
-        for aware in (True, False)
+    plans = {
+        (own, asked): plan_channels(
+            resnet, batches()[0][0], OBS(cost_aware=own), batches(), loss_of, MACs(0.7), cost_aware=asked
+        )
+        for own, asked in ((True, None), (False, True), (False, None))
     }
-    assert removed[True] != removed[False]
+    assert plans[True, None].kept() == plans[False, True].kept()
+    assert plans[True, None].channels_removed < plans[False, None].channels_removed
+
+
+@pytest.mark.parametrize("schedule", [Gradual(3, minibatches=4), Iterative(20, 4)])
+def test_plan_does_not_depend_on_when_channels_are_cut(resnet: nn.Module, schedule: Gradual | Iterative) -> None:
+    plans = []
+    for cut in ("never", "step"):
+        model, images = copy.deepcopy(resnet), batches()[0][0]
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+        pruner = ChannelPruner(
+            model, images, OBS(damping=0.1), Channels(0.75), schedule=schedule, cut=cut, optimizer=optimizer
+        )
+        with pruner:
+            while not pruner.done:
+                for batch in batches():
+                    optimizer.zero_grad()
+                    loss = loss_of(model, batch)
+                    loss.backward()
+                    pruner.on_backward(float(loss.detach()))
+                    optimizer.step()
+                    pruner.on_step()
+                    if pruner.done:
+                        break
+        plans.append(pruner.plan())
+    assert plans[0].kept() == plans[1].kept()
+    for one, other in zip(plans[0].groups, plans[1].groups, strict=True):
+        assert one.factors == pytest.approx(other.factors, abs=1e-6)
+
+
+def test_weights_that_writers_share_get_no_factor() -> None:
+    class Shared(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.c = nn.Conv2d(1, 6, 3), nn.Conv2d(1, 6, 3), nn.Conv2d(6, 10, 6)
+            self.b.weight = self.a.weight
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.c(torch.relu(self.a(x) + self.b(x))).flatten(1)
+
+    torch.manual_seed(0)
+    model = Shared().double().eval()
+    plan = plan_channels(model, batches()[0][0], OBS(), batches(), loss_of, Channels(0.5))
+    assert [group.factors for group in plan.groups] == [None]
+    assert nni_plugin.verify(model, plan, batches()[0][0]).max_rel < 1e-12
 
 
 @settings(max_examples=15, deadline=None)

@@ -1,0 +1,143 @@
+"""What scoring adds to the memory of training: the peak of forward and backward passes, with and without it.
+
+Every measurement has a process of its own, since a peak never falls again. It builds the network, finds its groups,
+takes the resident memory (`VmRSS`) as the baseline, runs the minibatches, and takes `ru_maxrss`, the highest resident
+memory of the process so far; the difference is what the passes took: activations, gradients, what scoring keeps, and
+working memory. The floor is the same process without a criterion. The first minibatch of the criteria on single
+samples copies some activations to see which are overwritten; it counts. glibc is told to hand back what is freed
+(`MALLOC_MMAP_THRESHOLD_`), so that its reserves are not measured. Linux only.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+import torch.nn.functional as F
+
+from nni_plugin.adapters.torch_pruning import find_groups
+from nni_plugin.errors import CriterionError
+from nni_plugin.methods import create_criterion
+
+NETWORKS = ("resnet50", "mobilenetv2_100", "vit_tiny_patch16_224")
+METHODS = ("taylor-fo", "taylor-fisher", "obs")
+FLOOR = "none"
+GOAL = 1.25
+"""Most that scoring may need, as a multiple of the floor."""
+
+MEBI = 2**20
+
+
+def run(
+    networks: tuple[str, ...] = NETWORKS,
+    methods: tuple[str, ...] = METHODS,
+    batch: int = 8,
+    size: int = 224,
+    minibatches: int = 2,
+    rounds: int = 1,
+) -> dict[str, Any]:
+    """Measure every network without and with each criterion; returns medians in MiB, and ratios to the floor.
+
+    Args:
+        networks: Names of timm.
+        methods: Method names.
+        batch: Images in a minibatch.
+        size: Height and width of the images.
+        minibatches: Forward and backward passes in a process.
+        rounds: Processes for each.
+    """
+    cases: dict[str, dict[str, Any]] = {}
+    for network in networks:
+        peaks: dict[str, float] = {}
+        for method in (FLOOR, *methods):
+            found = [_in_a_process(network, method, batch, size, minibatches) for _ in range(rounds)]
+            peaks[method] = statistics.median(found)
+        floor = peaks.pop(FLOOR)
+        of_methods = {method: {"mib": peak, "ratio": peak / floor} for method, peak in peaks.items()}
+        cases[network] = {"forward_backward_mib": floor, "with": of_methods}
+    settings = {"batch": batch, "size": size, "minibatches": minibatches, "rounds": rounds, "threads": 1}
+    return {"settings": settings, "goal": GOAL, "cases": cases}
+
+
+def render(result: dict[str, Any]) -> str:
+    """Return the page."""
+    asked, methods = result["settings"], list(next(iter(result["cases"].values()))["with"])
+    lines = [
+        "# Memory of scoring",
+        "",
+        f"Peak memory of {asked['minibatches']} forward and backward passes in train mode over what the process held "
+        f"before, in MiB; minibatches of {asked['batch']} x 3 x {asked['size']} x {asked['size']}, float32, CPU. "
+        f"In brackets the ratio to the passes alone; the goal is at most {result['goal']}.",
+        "",
+        "| Network | passes alone | " + " | ".join(methods) + " |",
+        "|---|--:|" + "--:|" * len(methods),
+    ]
+    for network, case in result["cases"].items():
+        cells = [f"{case['with'][m]['mib']:.0f} ({case['with'][m]['ratio']:.2f})" for m in methods]
+        lines.append(f"| {network} | {case['forward_backward_mib']:.0f} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def measure(network: str, method: str, batch: int, size: int, minibatches: int) -> float:
+    """Run passes in this process, which must be a fresh one; returns what they took at most, in MiB.
+
+    Raises:
+        CriterionError: The passes stayed below what finding the groups took, so that no peak of theirs is known.
+    """
+    torch.manual_seed(0)
+    torch.set_num_threads(1)
+    model = timm.create_model(network, num_classes=10).train()
+    images, labels = torch.randn(batch, 3, size, size), torch.randint(0, 10, (batch,))
+    groups = [group for group in find_groups(model, images[:1]) if group.fixed is None]
+
+    def passes() -> None:
+        model.zero_grad(set_to_none=True)
+        F.cross_entropy(model(images), labels).backward()
+
+    baseline, highest = _resident(), _highest()
+    if method == FLOOR:
+        for _ in range(minibatches):
+            passes()
+    else:
+        criterion = create_criterion(method)
+        with criterion.collect(model, groups):
+            for _ in range(minibatches):
+                passes()
+                criterion.update()
+    if _highest() <= highest:
+        raise CriterionError("The passes took less memory than finding the groups: measure with a larger --batch.")
+    return (_highest() - baseline) / MEBI
+
+
+def _in_a_process(network: str, method: str, batch: int, size: int, minibatches: int) -> float:
+    command = [sys.executable, "-m", "nni_plugin.benchmarks.scoring_memory"]
+    command += [network, method, *map(str, (batch, size, minibatches))]
+    quiet = {"OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **quiet})
+    if done.returncode != 0:
+        raise CriterionError(f"Measuring {network} with {method} failed: {done.stderr.strip().splitlines()[-1]}")
+    return float(json.loads(done.stdout.splitlines()[-1]))
+
+
+def _resident() -> int:
+    """Return the resident memory of this process, in bytes."""
+    fields = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines())
+    return int(fields["VmRSS"].split()[0]) * 1024
+
+
+def _highest() -> int:
+    """Return the highest resident memory of this process so far, in bytes."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+if __name__ == "__main__":
+    name, kind, *numbers = sys.argv[1:]
+    print(json.dumps(measure(name, kind, *(int(number) for number in numbers))))
