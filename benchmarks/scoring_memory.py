@@ -4,7 +4,8 @@ Every measurement has a process of its own, since a peak never falls again. It b
 takes the resident memory (`VmRSS`) as the baseline, runs the minibatches, and takes `ru_maxrss`, the highest resident
 memory of the process so far; the difference is what the passes took: activations, gradients, what scoring keeps, and
 working memory. The floor is the same process without a criterion. The first minibatch of the criteria on single
-samples copies some activations to see which are overwritten; it counts. glibc is told to hand back what is freed
+samples copies activations that are no batch normalisation's, to see which are overwritten; it counts, and where there
+are many of them (vision transformers) it is the peak. glibc is told to hand back what is freed
 (`MALLOC_MMAP_THRESHOLD_`), so that its reserves are not measured. Linux only.
 """
 

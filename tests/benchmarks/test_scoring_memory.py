@@ -7,27 +7,21 @@ from nni_plugin.benchmarks.__main__ import BENCHMARKS
 from nni_plugin.errors import CriterionError
 
 
-@pytest.mark.parametrize("method", ["taylor-fo", "taylor-fisher"])
-def test_scoring_adds_at_most_the_goal(method: str) -> None:
-    result = scoring_memory.run(("mobilenetv2_100",), (method,), batch=16, size=128)
+def test_scoring_adds_at_most_the_goal_and_memory_grows_with_the_minibatch() -> None:
+    result = scoring_memory.run(("mobilenetv2_100",), ("taylor-fisher",), batch=24, size=96)
     case = result["cases"]["mobilenetv2_100"]
-    assert case["forward_backward_mib"] > 100
-    assert 0.9 < case["with"][method]["ratio"] <= scoring_memory.GOAL
+    assert 0.9 < case["with"]["taylor-fisher"]["ratio"] <= scoring_memory.GOAL
     page = scoring_memory.render(result)
-    assert f"| mobilenetv2_100 | {case['forward_backward_mib']:.0f} | {case['with'][method]['mib']:.0f} (" in page
-
-
-def test_memory_grows_with_the_minibatch() -> None:
-    small, large = (
-        scoring_memory.run(("mobilenetv2_100",), (), batch=batch, size=128)["cases"]["mobilenetv2_100"]
-        for batch in (8, 24)
+    assert (
+        f"| mobilenetv2_100 | {case['forward_backward_mib']:.0f} | {case['with']['taylor-fisher']['mib']:.0f} (" in page
     )
-    assert large["forward_backward_mib"] > 1.5 * small["forward_backward_mib"]
+    small = scoring_memory.run(("mobilenetv2_100",), (), batch=12, size=96)["cases"]["mobilenetv2_100"]
+    assert case["forward_backward_mib"] > 1.4 * small["forward_backward_mib"] > 50
 
 
 def test_a_failure_is_told() -> None:
-    with pytest.raises(CriterionError, match="taylor-foo"):
-        scoring_memory.run(("mobilenetv2_100",), ("taylor-foo",), batch=4, size=64, minibatches=1)
+    with pytest.raises(CriterionError, match="Measuring no_such_network with none failed"):
+        scoring_memory.run(("no_such_network",), ())
 
 
 def test_it_is_run_by_name() -> None:

@@ -10,7 +10,7 @@ import pytest
 
 from nni_plugin.cli import main
 from nni_plugin.cli import main as entry
-from nni_plugin.cli.arguments import above, count_or_fraction, integers, names, number, device_name
+from nni_plugin.cli.arguments import above, count_or_fraction, device_name, integers, names, number
 from nni_plugin.cli.main import COMMANDS, _as_flags, _readable, build_parser
 
 COMMON = {"--config", "--print_config", "--seed", "--device", "--output"}
