@@ -1,4 +1,4 @@
-"""Memory is that of a process of its own, and scoring a small network adds little."""
+"""The page of the memory benchmark, and what it says when a measurement fails; the measuring is left to it."""
 
 import pytest
 
@@ -7,16 +7,11 @@ from nni_plugin.benchmarks.__main__ import BENCHMARKS
 from nni_plugin.errors import CriterionError
 
 
-def test_scoring_adds_at_most_the_goal_and_memory_grows_with_the_minibatch() -> None:
-    result = scoring_memory.run(("mobilenetv2_100",), ("taylor-fisher",), batch=24, size=96)
-    case = result["cases"]["mobilenetv2_100"]
-    assert 0.9 < case["with"]["taylor-fisher"]["ratio"] <= scoring_memory.GOAL
-    page = scoring_memory.render(result)
-    assert (
-        f"| mobilenetv2_100 | {case['forward_backward_mib']:.0f} | {case['with']['taylor-fisher']['mib']:.0f} (" in page
-    )
-    small = scoring_memory.run(("mobilenetv2_100",), (), batch=12, size=96)["cases"]["mobilenetv2_100"]
-    assert case["forward_backward_mib"] > 1.4 * small["forward_backward_mib"] > 50
+def test_page_shows_what_was_measured() -> None:
+    settings = {"batch": 8, "size": 224, "minibatches": 2, "rounds": 1, "threads": 1}
+    case = {"forward_backward_mib": 100.0, "with": {"obs": {"mib": 104.0, "ratio": 1.04}}}
+    page = scoring_memory.render({"settings": settings, "goal": 1.25, "cases": {"net": case}})
+    assert "| net | 100 | 104 (1.04) |" in page
 
 
 def test_a_failure_is_told() -> None:
