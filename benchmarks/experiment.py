@@ -227,7 +227,7 @@ class _Prune:
         data, model = experiment.data(seed), experiment.trained_base(seed)
         if experiment.device is not None:
             model.to(experiment.device)
-        criterion = seeded_criterion(self.method, seed)
+        criterion = create_criterion(self.method, seed)
         examples = experiment._examples(seed)
         pruner = ChannelPruner(
             model, examples, criterion, Channels(self.channels), schedule=self.schedule, ignore=self.ignore
@@ -273,18 +273,6 @@ class _Prune:
                 f"{schedule} takes {needed} minibatches to get from {dense} to {left} channels, training "
                 f"has {steps}: prune more often, more at once, or train longer."
             )
-
-
-def seeded_criterion(method: str, seed: int) -> Any:
-    """Build the criterion of a method; one that draws its scores draws those of this seed.
-
-    Raises:
-        CriterionError: There is no such method.
-    """
-    criterion = create_criterion(method)
-    if isinstance(getattr(criterion, "seed", None), int):
-        criterion.seed = seed
-    return criterion
 
 
 def runs_network(criterion: Any) -> bool:

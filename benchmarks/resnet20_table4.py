@@ -15,11 +15,11 @@ from typing import Any, Literal
 
 from torch import nn
 
-from nni_plugin.benchmarks.experiment import Experiment, open_experiment, runs_network, seeded_criterion
+from nni_plugin.benchmarks.experiment import Experiment, open_experiment, runs_network
 from nni_plugin.benchmarks.figures import save
 from nni_plugin.benchmarks.grid import interval, mean_and_sd, paired, summary
 from nni_plugin.benchmarks.presets import reductions
-from nni_plugin.methods import METHODS
+from nni_plugin.methods import METHODS, create_criterion
 from nni_plugin.networks import NETWORKS
 from nni_plugin.schedules import Iterative
 
@@ -140,7 +140,7 @@ def fill(
         CriterionError: There is no such method; nothing has been run.
     """
     for method in methods:
-        seeded_criterion(method, 0)
+        create_criterion(method, 0)
     grid, preset = experiment.grid, experiment.preset
     schedule = Iterative(preset.channels, preset.every)
     ignore = all_but_first_layers(NETWORKS[experiment.network]())
@@ -171,7 +171,7 @@ def summarise(
 ) -> dict[str, Any]:
     """Return means, standard deviations and intervals over the seeds of every cell, and how they came about."""
     preset = experiment.preset
-    costly = [method for method in methods if runs_network(seeded_criterion(method, 0))]
+    costly = [method for method in methods if runs_network(create_criterion(method, 0))]
     notes = list(NOTES)
     if costly:
         notes.append(

@@ -22,19 +22,17 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import nn
 
-from nni_plugin.adapters.models import create_model
 from nni_plugin.adapters.torch_pruning import find_groups, sound_groups
 from nni_plugin.adapters.training import TrainingConfig, evaluate, fit
 from nni_plugin.adapters.training.checkpoint import read_checkpoint, write_checkpoint
 from nni_plugin.correlation_data import FirstImages, open_images
 from nni_plugin.correlation_results import Measured, Scored, Scores, agreement, json_value, row_of, write_results
-from nni_plugin.cost import count
 from nni_plugin.criteria import Criterion, Oracle
 from nni_plugin.criteria.ablation import cross_entropy
-from nni_plugin.errors import CriterionError, GraphError, ModelError, TrainingError
+from nni_plugin.errors import CriterionError, GraphError, TrainingError
 from nni_plugin.groups import ChannelGroup
+from nni_plugin.job import network_of
 from nni_plugin.machine import describe_machine, usable_device
 from nni_plugin.methods import create_criterion, known_methods
 from nni_plugin.planner import score_groups, unchanged
@@ -145,25 +143,7 @@ class _Run:
             **job.data_kwargs,
         )
         self.device = usable_device(job.device)
-        self.model: nn.Module = create_model(
-            job.model,
-            job.library,
-            num_classes=self.splits.num_classes,
-            in_chans=self.splits.input_shape[0],
-            pretrained=job.pretrained,
-            checkpoint=job.checkpoint,
-            **job.model_kwargs,
-        ).to(self.device)
-        if not (job.checkpoint or job.pretrained or job.pretrain.epochs):
-            warnings.warn(
-                "The network has random weights: give --checkpoint, --pretrained or --pretrain-epochs.", stacklevel=4
-            )
-        self.examples = next(iter(self.splits.score))[0][:4].to(self.device)
-        try:
-            count(self.model, self.examples)
-        except ModelError as error:
-            shape = " x ".join(str(size) for size in self.splits.input_shape)
-            raise ModelError(f"{job.model} does not take images of {shape}; choose --img-size. {error}") from error
+        self.model, self.examples = network_of(job, self.splits, self.device)
         self.groups = self._sound_groups()
 
     def run(self, command: str) -> dict[str, Any]:

@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import json
 import math
+import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
+from torch import Tensor, nn
+
+from nni_plugin.adapters.models import create_model
 from nni_plugin.adapters.training import TrainingConfig
 from nni_plugin.budgets import Budget
 from nni_plugin.channel_pruner import Selection
-from nni_plugin.errors import TrainingError
+from nni_plugin.cost import count
+from nni_plugin.errors import ModelError, TrainingError
 from nni_plugin.schedules import Continuous, Iterative, OneShot, Schedule
 
 
@@ -97,6 +103,39 @@ class Job:
         values["budget"] = repr(self.budget)
         settings: dict[str, Any] = json.loads(json.dumps(values, default=str))
         return settings
+
+
+def network_of(job: Any, splits: Any, device: torch.device) -> tuple[nn.Module, Tensor]:
+    """Build a job's network for its data; returns it and four images that it has taken.
+
+    Args:
+        job: A :class:`Job`, or another with its fields that name a network and its training.
+        splits: The data.
+        device: Where the network goes.
+
+    Raises:
+        ModelError: There is no such model, its weights do not fit, or it does not take images of this size.
+    """
+    model = create_model(
+        job.model,
+        job.library,
+        num_classes=splits.num_classes,
+        in_chans=splits.input_shape[0],
+        pretrained=job.pretrained,
+        checkpoint=job.checkpoint,
+        **job.model_kwargs,
+    ).to(device)
+    if not (job.checkpoint or job.pretrained or job.pretrain.epochs):
+        warnings.warn(
+            "The network has random weights: give --checkpoint, --pretrained or --pretrain-epochs.", stacklevel=5
+        )
+    examples: Tensor = next(iter(splits.score))[0][:4].to(device)
+    try:
+        count(model, examples)
+    except ModelError as error:
+        shape = " x ".join(str(size) for size in splits.input_shape)
+        raise ModelError(f"{job.model} does not take images of {shape}; choose --img-size. {error}") from error
+    return model, examples
 
 
 def schedule_of(job: Job, steps: int, channels: int) -> Schedule:

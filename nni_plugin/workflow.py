@@ -20,15 +20,14 @@ import torch
 from torch import Tensor, nn
 
 from nni_plugin.adapters.data import DataSplits, create_loaders
-from nni_plugin.adapters.models import create_model
 from nni_plugin.adapters.training import Callback, TrainingConfig, TrainingState, evaluate, fit
 from nni_plugin.budgets import Budget, Channels, MACs, Params
 from nni_plugin.channel_pruner import ChannelPruner
 from nni_plugin.checkpoint import save_pretrained
 from nni_plugin.cost import count
 from nni_plugin.criteria.ablation import cross_entropy
-from nni_plugin.errors import BudgetError, ModelError, TrainingError
-from nni_plugin.job import Job, schedule_of
+from nni_plugin.errors import BudgetError, TrainingError
+from nni_plugin.job import Job, network_of, schedule_of
 from nni_plugin.latency import measure_pair
 from nni_plugin.machine import describe_machine, usable_device
 from nni_plugin.methods import create_criterion
@@ -77,26 +76,8 @@ class _Run:
         self.job, self.criterion, self.places, self.resume, self.say = job, criterion, places, resume, say
         self.splits: DataSplits = create_loaders(job.dataset, job.data_dir, seed=job.seed, **job.data_kwargs)
         self.device = usable_device(job.device)
-        self.model = create_model(
-            job.model,
-            job.library,
-            num_classes=self.splits.num_classes,
-            in_chans=self.splits.input_shape[0],
-            pretrained=job.pretrained,
-            checkpoint=job.checkpoint,
-            **job.model_kwargs,
-        ).to(self.device)
-        if not (job.checkpoint or job.pretrained or job.pretrain.epochs):
-            warnings.warn(
-                "The network has random weights: give --checkpoint, --pretrained or --pretrain-epochs.", stacklevel=4
-            )
-        self.examples = next(iter(self.splits.score))[0][:4].to(self.device)
+        self.model, self.examples = network_of(job, self.splits, self.device)
         # Whatever the job asks in vain shows now, not after hours of training.
-        try:
-            count(self.model, self.examples)
-        except ModelError as error:
-            shape = " x ".join(str(size) for size in self.splits.input_shape)
-            raise ModelError(f"{job.model} does not take images of {shape}; choose --img-size. {error}") from error
         pruner = self._pruner("never")
         schedule_of(job, self._steps(), pruner.dense.channels)
         if job.budget.value(pruner.dense) <= job.budget.limit(pruner.dense):

@@ -139,6 +139,13 @@ def add_data(parser: jsonargparse.ArgumentParser) -> None:
     add("-j", "--workers", type=above(0), default=0, help="processes that load images (0: none needed in memory)")
 
 
+def data_kwargs(arguments: Any) -> dict[str, Any]:
+    """Return what `create_loaders` takes beside the name and the folder of the data."""
+    names_of = {"num_workers": "workers"}
+    wanted = ("batch_size", "img_size", "in_chans", "num_classes", "num_workers")
+    return {name: arguments[names_of.get(name, name)] for name in wanted}
+
+
 def add_common(parser: jsonargparse.ArgumentParser, *, output_required: bool) -> None:
     """Add what every command has."""
     add = parser.add_argument

@@ -9,7 +9,7 @@ from typing import Any
 
 import jsonargparse
 
-from nni_plugin.cli.arguments import above, add_common, add_data, add_model, names, number
+from nni_plugin.cli.arguments import above, add_common, add_data, add_model, data_kwargs, names, number
 from nni_plugin.errors import TrainingError
 
 DESCRIPTION = "Compare criteria with the Oracle: the rank correlation of their scores with the true change of the loss."
@@ -76,15 +76,8 @@ def _job(arguments: Any) -> Any:
         pretrain = TrainingConfig(**{**shared, "epochs": arguments.pretrain_epochs, "lr": arguments.pretrain_lr})
     except TrainingError as error:
         raise TrainingError(str(error).replace("--lr", "--pretrain-lr")) from error
-    data = {
-        "batch_size": arguments.batch_size,
-        "img_size": arguments.img_size,
-        "in_chans": arguments.in_chans,
-        "num_classes": arguments.num_classes,
-        "num_workers": arguments.workers,
-    }
     direct = {field.name: arguments[field.name] for field in fields(CorrelationJob) if field.name in arguments}
-    return CorrelationJob(**{**direct, "data_kwargs": data, "pretrain": pretrain})
+    return CorrelationJob(**{**direct, "data_kwargs": data_kwargs(arguments), "pretrain": pretrain})
 
 
 def _table(record: dict[str, Any]) -> Any:

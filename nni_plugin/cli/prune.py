@@ -16,6 +16,7 @@ from nni_plugin.cli.arguments import (
     add_data,
     add_model,
     count_or_fraction,
+    data_kwargs,
     integers,
     names,
     number,
@@ -155,15 +156,16 @@ def _job(arguments: Any) -> Any:
     except TrainingError as error:
         # All that the two share has been accepted above.
         raise TrainingError(str(error).replace("--lr", "--pretrain-lr")) from error
-    data = {
-        "batch_size": arguments.batch_size,
-        "img_size": arguments.img_size,
-        "in_chans": arguments.in_chans,
-        "num_classes": arguments.num_classes,
-        "num_workers": arguments.workers,
-    }
     direct = {field.name: arguments[field.name] for field in fields(Job) if field.name in arguments}
-    return Job(**{**direct, "budget": budget, "data_kwargs": data, "pretrain": pretrain, "finetune": finetune})
+    return Job(
+        **{
+            **direct,
+            "budget": budget,
+            "data_kwargs": data_kwargs(arguments),
+            "pretrain": pretrain,
+            "finetune": finetune,
+        }
+    )
 
 
 def _table(metrics: dict[str, Any]) -> Any:

@@ -14,13 +14,14 @@ import torch
 from nni_plugin.adapters.training import TrainingConfig
 from nni_plugin.benchmarks import __main__ as command_line
 from nni_plugin.benchmarks import resnet20_table4, schedules_fig6
-from nni_plugin.benchmarks.experiment import Experiment, seeded_criterion
+from nni_plugin.benchmarks.experiment import Experiment
 from nni_plugin.benchmarks.grid import summary
 from nni_plugin.benchmarks.presets import FULL, PRESETS, REDUCED, Preset, reductions
 from nni_plugin.benchmarks.progress import LastMinibatchScorer
 from nni_plugin.budgets import Channels
 from nni_plugin.channel_pruner import ChannelPruner
 from nni_plugin.errors import CriterionError, OutputError, ScheduleError
+from nni_plugin.methods import create_criterion
 from nni_plugin.networks import NETWORKS
 from nni_plugin.schedules import Iterative, OneShot
 
@@ -50,7 +51,7 @@ def test_only_the_first_layers_of_blocks_are_left_to_prune() -> None:
     convolutions = {name for name, layer in model.named_modules() if isinstance(layer, torch.nn.Conv2d)}
     assert set(ignore) == convolutions - FIRST_LAYERS
     pruner = ChannelPruner(
-        model, torch.zeros(1, 1, 8, 8), seeded_criterion("tp:magnitude", 0), Channels(223), ignore=ignore
+        model, torch.zeros(1, 1, 8, 8), create_criterion("tp:magnitude", 0), Channels(223), ignore=ignore
     )
     assert {group.name for group in pruner.groups} == FIRST_LAYERS
     assert pruner.dense.channels == 336
@@ -226,11 +227,11 @@ def test_an_unknown_method_is_refused_before_anything_runs(tmp_path: Path) -> No
 
 
 def test_random_scores_are_of_the_seed() -> None:
-    assert [seeded_criterion("random", seed).seed for seed in (0, 3)] == [0, 3]
+    assert [create_criterion("random", seed).seed for seed in (0, 3)] == [0, 3]
 
 
 def test_a_costly_criterion_sees_the_last_minibatch_alone() -> None:
-    criterion = seeded_criterion("taylor-fo", 0)
+    criterion = create_criterion("taylor-fo", 0)
     seen: list[Any] = []
     criterion.update = lambda batch, loss_scale: seen.append(batch)
     scorer = LastMinibatchScorer(criterion)
