@@ -1,11 +1,11 @@
 """How every criterion ranks channels, judged by the Oracle, on the papers' CIFAR networks and several seeds.
 
-Each network is trained for some epochs with every seed and then handed to `nni-plugin correlate`: all our criteria,
-Torch-Pruning's and NNI's, against the squared change of the loss when a channel alone is removed, on the training
-images that the criteria see and on others that nothing has seen (Molchanov et al., CVPR 2019, Section 4).
+The networks of `joint_removal` (`presets.DENSE`), trained once a seed for both, are handed to `nni-plugin correlate`:
+all our criteria, Torch-Pruning's and NNI's, against the squared change of the loss when a channel alone is removed, on
+the training images that the criteria see and on test images (Molchanov et al., CVPR 2019, Section 4).
 
-The Oracle takes a third of a forward pass for each channel and minibatch: the whole wants a GPU, resnet20 on a few
-hundred images does not.
+The Oracle takes a third of a forward pass for each channel and minibatch; on wide networks it judges some channels of
+each group, drawn by the seed.
 """
 
 from __future__ import annotations
@@ -14,21 +14,19 @@ import json
 import math
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from nni_plugin.adapters.training import TrainingConfig
-from nni_plugin.benchmarks.fashion_mnist import DATA_DIR
+from nni_plugin.benchmarks.experiment import Experiment
 from nni_plugin.benchmarks.grid import Grid, mean_and_sd, summary
+from nni_plugin.benchmarks.presets import DENSE, Preset
 from nni_plugin.correlation_job import CorrelationJob, run_correlations
 from nni_plugin.correlation_results import COLUMNS
 
-NETWORKS = ("resnet20", "resnet56", "vgg19_bn", "mobilenetv2_cifar")
-
 NOTES = (
     "Spearman: over the channels of all groups together. Per group: the mean of Spearman's coefficient within each "
-    "group. Held out: the same scores against the Oracle on images that neither training nor scoring has seen.",
+    "group. Held out: the same scores against the Oracle on test images, which neither training nor scoring has seen.",
     "Signed: the predicted change of the loss against the true one with its sign, for criteria that predict one.",
     "Agreement: the Oracle on training images against the Oracle on held-out ones, which shows the noise of the "
     "images.",
@@ -53,73 +51,71 @@ _SHOWN = {
 
 
 def run(
-    networks: tuple[str, ...] = NETWORKS,
+    networks: tuple[str, ...] = tuple(DENSE),
     seeds: tuple[int, ...] = (0, 1, 2),
-    images: int = 2000,
+    images: int = 1000,
     held_out_images: int = 1000,
-    epochs: int = 5,
-    lr: float = 0.1,
-    batch_size: int = 128,
-    img_size: int = 32,
-    dataset: str = "torch/fashion_mnist",
-    data_dir: Path | None = None,
+    channels_per_group: int | None = None,
     methods: tuple[str, ...] | None = None,
     folder: Path = Path("out/correlations"),
+    dense: Path = Path("out/joint_removal"),
+    data_dir: Path | None = None,
     device: str | None = None,
 ) -> dict[str, Any]:
     """Compare the criteria on every network with every seed, and return means; a killed call goes on.
 
     Args:
-        networks: Of the library nni_plugin.
+        networks: Of `presets.DENSE`.
         seeds: Of weights, order of the data and random scores.
         images: Training images that the criteria and the Oracle see.
-        held_out_images: Further training images that the Oracle alone sees.
-        epochs: Epochs of training before.
-        lr: Learning rate of that.
-        batch_size: Images in a minibatch.
-        img_size: Height and width of the images.
-        dataset: `torch/fashion_mnist`, `torch/cifar10`, `digits` ...
-        data_dir: Folder of the data; for Fashion-MNIST the environment variable FASHION_MNIST names it too.
+        held_out_images: Test images that the Oracle alone sees.
+        channels_per_group: The Oracle judges at most so many channels of each group; all if not given.
         methods: Criteria; all if not given.
         folder: For the runs, one JSON file each, with the Oracle's numbers and the figure beside it.
+        dense: For the dense networks, trained once a seed; that of `joint_removal`.
+        data_dir: Folder of the data; the environment variable FASHION_MNIST names it too.
         device: cpu, cuda ...; the best there is if not given.
     """
-    if data_dir is None and dataset == "torch/fashion_mnist":
-        data_dir = DATA_DIR
-    settings = {
-        "dataset": dataset,
-        "images": images,
-        "held_out_images": held_out_images,
-        "epochs": epochs,
-        "lr": lr,
-        "batch_size": batch_size,
-        "img_size": img_size,
-    }
-    grid = Grid(Path(folder), settings)
+    asked = {"images": images, "held_out_images": held_out_images, "channels_per_group": channels_per_group}
+    grid = Grid(Path(folder), asked)
     runs: dict[str, dict[int, dict[str, Any]]] = {}
     for network in networks:
+        preset = DENSE[network]
+        study = Experiment(preset, Path(dense) / network, data_dir=data_dir, device=device, network=network)
         for seed in seeds:
+            study.base(seed)
+            channels = study.data(seed).input_shape[0]
             job = CorrelationJob(
                 model=network,
                 output=Path(),  # the grid says where
                 library="nni_plugin",
-                dataset=dataset,
-                data_dir=data_dir,
-                data_kwargs={"batch_size": batch_size, "img_size": img_size},
+                checkpoint=study.saved(seed) / "model.safetensors",
+                dataset=preset.dataset,
+                data_dir=study.data_dir,
+                data_kwargs={"batch_size": preset.batch_size, "img_size": preset.img_size, "in_chans": channels},
                 methods=methods,
-                images=images,
-                held_out_images=held_out_images,
-                pretrain=TrainingConfig(epochs=epochs, lr=lr, seed=seed),
+                held_out_from="test",
                 device=device,
                 seed=seed,
+                **asked,
             )
             name = f"{network}/seed{seed}"
             chosen = {"methods": list(job.chosen())}
             runs.setdefault(network, {})[seed] = grid.run(name, _work(job, Path(folder) / name), chosen)
     return {
-        "settings": {**settings, "seeds": list(seeds)},
+        "settings": {
+            **asked,
+            "seeds": list(seeds),
+            "dense": {network: _training(DENSE[network]) for network in networks},
+        },
         "networks": {network: _summed_up(list(found.values())) for network, found in runs.items()},
     }
+
+
+def _training(preset: Preset) -> dict[str, Any]:
+    """Return how a dense network was trained, as JSON values."""
+    values: dict[str, Any] = json.loads(json.dumps({"dataset": preset.dataset, **asdict(preset.base)}))
+    return values
 
 
 def _work(job: CorrelationJob, beside: Path) -> Callable[[Path], dict[str, Any]]:
@@ -146,6 +142,7 @@ def _summed_up(runs: list[dict[str, Any]]) -> dict[str, Any]:
     agreements = [run["oracle"]["agreement_with_held_out"] for run in runs]
     return {
         "channels": runs[0]["network"]["channels"],
+        "judged": runs[0]["network"]["judged"],
         "groups": runs[0]["network"]["groups"],
         "top1": _summary([run["network"]["top1"] for run in runs]),
         "oracle_seconds": _summary([run["oracle"]["seconds"] for run in runs]),
@@ -174,8 +171,8 @@ def render(result: Mapping[str, Any]) -> str:
     seeds, held_out = len(settings["seeds"]), settings["held_out_images"]
     opening = (
         f"Rank correlation of every criterion with the Oracle, the squared change of the loss when a channel alone is "
-        f"removed: {settings['dataset']}, networks trained for {settings['epochs']} epochs, criteria and Oracle on "
-        f"{settings['images']} training images, and the Oracle once more on {held_out} held-out ones. "
+        f"removed; criteria and Oracle on {settings['images']} training images, and the Oracle once more on {held_out} "
+        f"test images. "
         f"Mean ± standard deviation over {seeds} seed{'s' * (seeds != 1)}; best first."
     )
     page = ["# Criteria against the Oracle", "", opening, "", "## Spearman's coefficient, all networks", ""]
@@ -194,9 +191,13 @@ def render(result: Mapping[str, Any]) -> str:
     )
     for network, found in networks.items():
         page += ["", f"## {network}", ""]
+        dense = settings["dense"][network]
+        judged = f", {found['judged']} of them judged" if found["judged"] < found["channels"] else ""
+        oracle, agreed = mean_and_sd(found["oracle_seconds"], 1), mean_and_sd(found["agreement"], 3)
         page += [
-            f"{found['channels']} coupled channels in {found['groups']} groups; top-1 {mean_and_sd(found['top1'])} %; "
-            f"Oracle {mean_and_sd(found['oracle_seconds'], 1)} s; agreement {mean_and_sd(found['agreement'], 3)}.",
+            f"{dense['dataset']}, {dense['epochs']} epoch{'s' * (dense['epochs'] != 1)}: top-1 "
+            f"{mean_and_sd(found['top1'])} %. {found['channels']} coupled channels in {found['groups']} groups{judged}"
+            f"; Oracle {oracle} s; agreement {agreed}.",
             "",
         ]
         shown = {heading: column for heading, column in _SHOWN.items() if held_out or heading != "held out"}

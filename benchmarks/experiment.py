@@ -161,13 +161,14 @@ class Experiment:
 
     def trained_base(self, seed: int) -> nn.Module:
         """Load the base network of a seed, ready to be trained on."""
-        return from_pretrained(self._saved(seed)).train()
+        return from_pretrained(self.saved(seed)).train()
 
     def steps(self, seed: int) -> int:
         """Minibatches of pruning and fine-tuning."""
         return self.preset.finetune.epochs * len(self.data(seed).train)
 
-    def _saved(self, seed: int) -> Path:
+    def saved(self, seed: int) -> Path:
+        """Return the folder of the base network of a seed."""
         return self.folder / "networks" / f"base-seed{seed}"
 
     def _examples(self, seed: int) -> torch.Tensor:
@@ -176,7 +177,7 @@ class Experiment:
     def _train_base(self, seed: int, state: Path) -> dict[str, Any]:
         model = self.fresh(seed)
         record = self._train(model, replace(self.preset.base, seed=seed), seed, state)
-        save_pretrained(model, self._saved(seed), example_input_shape=self.data(seed).input_shape)
+        save_pretrained(model, self.saved(seed), example_input_shape=self.data(seed).input_shape)
         return record
 
     def _train_scratch(self, seed: int, widths: Mapping[str, int], state: Path) -> dict[str, Any]:

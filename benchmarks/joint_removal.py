@@ -17,10 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nni_plugin.adapters.training import TrainingConfig, evaluate
+from nni_plugin.adapters.training import evaluate
 from nni_plugin.benchmarks.experiment import Experiment
 from nni_plugin.benchmarks.grid import mean_and_sd, summary
-from nni_plugin.benchmarks.presets import Preset
+from nni_plugin.benchmarks.presets import DENSE
 from nni_plugin.budgets import Budget, Channels, MACs
 from nni_plugin.compensation import reestimate_batchnorm
 from nni_plugin.cost import count
@@ -31,12 +31,7 @@ from nni_plugin.planner import plan_channels, unchanged
 from nni_plugin.reconstruction import reconstruct
 from nni_plugin.schedules import Gradual, OneShot
 
-_TRAINING = TrainingConfig(epochs=2, lr=0.1, weight_decay=5e-4, sched="cosine")
-PRESET = Preset("torch/fashion_mnist", None, _TRAINING, _TRAINING, seeds=3)
-"""How the dense networks are trained; nothing is fine-tuned here."""
-
 REGIMES = ("one-shot", "reconstructed", "gradual", "gradual-reconstructed")
-NETWORKS = ("resnet20", "resnet56", "vgg19_bn", "mobilenetv2_cifar")
 METHODS = (
     "obs",
     "taylor-fisher",
@@ -66,7 +61,7 @@ VARIANTS: dict[str, Callable[[], Criterion]] = {
 
 
 def run(
-    networks: tuple[str, ...] = NETWORKS,
+    networks: tuple[str, ...] = tuple(DENSE),
     methods: tuple[str, ...] = METHODS,
     seeds: tuple[int, ...] = (0, 1, 2),
     macs: tuple[float, ...] = (0.75, 0.5, 0.25),
@@ -94,7 +89,7 @@ def run(
     budgets: list[Budget] = [*(MACs(ratio) for ratio in macs), *(Channels(float(ratio)) for ratio in channels)]
     records = []
     for network in networks:
-        study = Experiment(PRESET, folder / network, data_dir=data_dir, network=network)
+        study = Experiment(DENSE[network], folder / network, data_dir=data_dir, network=network)
         for seed in seeds:
             study.base(seed)
             cell = _Cell(study, seed, images, test_images)
@@ -106,7 +101,12 @@ def run(
                         record = study.grid.run(name, cell.work(method, regime, budget), settings)
                         records.append({"network": network, "seed": seed, **record})
     return {
-        "settings": {"images": images, "test_images": test_images, "seeds": list(seeds), "preset": str(PRESET)},
+        "settings": {
+            "images": images,
+            "test_images": test_images,
+            "seeds": list(seeds),
+            "presets": {n: str(DENSE[n]) for n in networks},
+        },
         "cells": _cells(records),
     }
 

@@ -67,6 +67,23 @@ REDUCED = replace(
 PRESETS = {"reduced": REDUCED, "full": FULL}
 
 
+_TRAINING = TrainingConfig(epochs=2, lr=0.1, weight_decay=5e-4, sched="cosine")
+_FASTER = replace(_TRAINING, lr=0.05, amp="bf16", channels_last=True)
+
+
+def _trained(training: TrainingConfig) -> Preset:
+    return Preset("torch/fashion_mnist", None, training, training, seeds=3)
+
+
+DENSE = {
+    "resnet20": _trained(_TRAINING),
+    "resnet56": _trained(_FASTER),
+    "vgg19_bn": _trained(replace(_FASTER, epochs=1)),
+    "mobilenetv2_cifar": _trained(replace(_FASTER, epochs=1)),
+}
+"""Dense networks to compare criteria on, trained as far as two cores go; nothing is fine-tuned."""
+
+
 def reductions(preset: Preset, full: Preset = FULL) -> list[str]:
     """Name every number in which a preset differs from the full one.
 

@@ -58,7 +58,7 @@ def correlate(scores: Mapping[str, Tensor], reference: Mapping[str, Tensor]) -> 
 
     Args:
         scores: By group name, shape `[width]` each; groups that a criterion does not score may be missing.
-        reference: Likewise; every group scored must be there.
+        reference: Likewise; every group scored must be there. NaN where it was not measured: left out.
 
     Raises:
         CriterionError: A group is not in the reference or of another width, or a value is not finite.
@@ -130,6 +130,8 @@ def _pair(name: str, scores: Tensor, reference: Mapping[str, Tensor]) -> tuple[V
         expected = tuple(reference[name].shape) if name in reference else "no such group"
         raise CriterionError(f"Group {name!r} has scores of shape {tuple(scores.shape)}; the reference has {expected}.")
     first, second = scores.detach().double().cpu(), reference[name].detach().double().cpu()
+    measured = ~second.isnan()
+    first, second = first[measured], second[measured]
     for values, what in ((first, "score"), (second, "reference value")):
         if not bool(torch.isfinite(values).all()):
             raise CriterionError(f"Group {name!r} has a {what} that is not finite; only finite ones can be ranked.")

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset
 
 from nni_plugin.adapters.data import DataSplits, create_loaders
 from nni_plugin.errors import DataError
@@ -47,15 +48,24 @@ class FirstImages:
 
 
 def open_images(
-    dataset: str, data_dir: Path | None, *, images: int, held_out_images: int, seed: int, **kwargs: Any
+    dataset: str,
+    data_dir: Path | None,
+    *,
+    images: int,
+    held_out_images: int,
+    held_out_from: Literal["train", "test"] = "train",
+    seed: int,
+    **kwargs: Any,
 ) -> DataSplits:
-    """Open a data set, with as many training images held out as asked for.
+    """Open a data set, with as many images held out as asked for.
 
     Args:
         dataset: See `adapters.data.create_loaders`.
         data_dir: Folder of the data.
         images: How many training images must remain in whole minibatches, at least 1.
-        held_out_images: How many are kept away from training, at least.
+        held_out_images: How many are held out, at least.
+        held_out_from: Training images, which are kept away from training then; or test images, drawn by the seed, for
+            a network that has been trained on all training images already.
         seed: Of the order and of the choice.
         **kwargs: Further arguments of `create_loaders`.
 
@@ -63,7 +73,16 @@ def open_images(
         DataError: There are too few images, or the data set cannot be opened.
     """
     splits = create_loaders(dataset, data_dir, seed=seed, **kwargs)
-    if held_out_images:
+    if held_out_images and held_out_from == "test":
+        total = _size(splits.test.dataset)
+        if held_out_images > total:
+            raise DataError(f"held_out_images={held_out_images} is more than the {total} test images; take fewer.")
+        drawn = torch.randperm(total, generator=torch.Generator().manual_seed(seed))[:held_out_images].tolist()
+        held_out = DataLoader(
+            splits.test.dataset, splits.test.batch_size, sampler=drawn, collate_fn=splits.test.collate_fn
+        )
+        splits = dataclasses.replace(splits, held_out=held_out)
+    elif held_out_images:
         total = _size(splits.score.dataset)
         # Each class gives its share, rounded: half an image of each more, so that there are never too few.
         fraction = (held_out_images + splits.num_classes / 2) / total

@@ -58,7 +58,9 @@ class CorrelationJob:
         data_kwargs: Further arguments of `create_loaders` (batch size, image size, ...).
         methods: Criteria to compare, see `methods.known_methods`; None takes all whose library is installed.
         images: Training images that the criteria and the Oracle see, at least 1.
-        held_out_images: Training images kept away from training and criteria, that the Oracle alone sees; 0 for none.
+        held_out_images: Images kept away from training and criteria, that the Oracle alone sees; 0 for none.
+        held_out_from: Where those come from; `"test"` for a network that has seen all training images.
+        channels_per_group: The Oracle judges at most so many channels of each group, drawn at random; None: all.
         ignore: Layers to leave whole, by name.
         pretrain: Training of the network first; its `epochs` may be 0.
         device: Where to run; None takes the best there is.
@@ -77,6 +79,8 @@ class CorrelationJob:
     methods: tuple[str, ...] | None = None
     images: int = 2000
     held_out_images: int = 1000
+    held_out_from: Literal["train", "test"] = "train"
+    channels_per_group: int | None = None
     ignore: tuple[str, ...] = ()
     pretrain: TrainingConfig = field(default_factory=lambda: TrainingConfig(epochs=0))
     device: str | None = None
@@ -139,6 +143,7 @@ class _Run:
             job.data_dir,
             images=job.images,
             held_out_images=job.held_out_images,
+            held_out_from=job.held_out_from,
             seed=job.seed,
             **job.data_kwargs,
         )
@@ -174,7 +179,7 @@ class _Run:
         record = {
             "command": command,
             "settings": job.settings(),
-            "network": {"top1": top1, "groups": len(self.groups), "channels": channels},
+            "network": {"top1": top1, "groups": len(self.groups), "channels": channels, "judged": train.judged},
             "data": {"name": self.splits.name, "fingerprint": self.splits.fingerprint},
             "minibatches": batches.sizes,
             "criteria": {
@@ -222,7 +227,8 @@ class _Run:
 
     def _oracle(self, name: str, batches: FirstImages) -> Measured:
         """Measure every channel, going on from the last minibatch that was saved."""
-        path, oracle, seconds = self.places.state / f"{name}.pt", Oracle(cross_entropy), 0.0
+        path, seconds = self.places.state / f"{name}.pt", 0.0
+        oracle = Oracle(cross_entropy, channels_per_group=self.job.channels_per_group, seed=self.job.seed)
         if self.resume and path.exists():
             saved = read_checkpoint(path, {})
             oracle.load_state_dict(saved["oracle"])

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor
 
 from nni_plugin.correlation import ranks
@@ -30,7 +31,7 @@ def plot_ranks(
     Args:
         path: The file.
         scores: By criterion and group name, shape `[width]` each; a group may be missing.
-        changes: Squared change of the loss by group name, in the order of the network.
+        changes: Squared change of the loss by group name, in the order of the network; NaN where not measured.
         spearman: Each criterion's coefficient, for the title of its panel.
 
     Raises:
@@ -39,6 +40,7 @@ def plot_ranks(
     from matplotlib.figure import Figure
 
     groups = list(changes)
+    measured = {name: ~change.isnan() for name, change in changes.items()}
     columns = min(_COLUMNS, len(scores))
     rows = math.ceil(len(scores) / columns)
     figure = Figure(figsize=(_PANEL_INCHES * columns + 1, _PANEL_INCHES * rows + 0.4), layout="constrained")
@@ -46,9 +48,9 @@ def plot_ranks(
     points = None
     for ax, (method, found) in zip(axes.flat, scores.items(), strict=False):
         names = [name for name in groups if name in found]
-        x = ranks(np.concatenate([changes[name].double().cpu().numpy() for name in names]))
-        y = ranks(np.concatenate([found[name].double().cpu().numpy() for name in names]))
-        depth = np.concatenate([np.full(len(found[name]), groups.index(name)) for name in names])
+        x = ranks(np.concatenate([_values(changes[name], measured[name]) for name in names]))
+        y = ranks(np.concatenate([_values(found[name], measured[name]) for name in names]))
+        depth = np.concatenate([np.full(int(measured[name].sum()), groups.index(name)) for name in names])
         ax.plot([0, 1], [0, 1], color="0.75", linewidth=0.8, zorder=0)
         size = max(1.0, min(12.0, 4000 / len(x)))
         points = ax.scatter(
@@ -65,3 +67,8 @@ def plot_ranks(
         bar = figure.colorbar(points, ax=axes, ticks=[0, max(len(groups) - 1, 1)], shrink=0.6, aspect=40, pad=0.02)
         bar.ax.set_yticklabels(["first group", "last"], fontsize=8)
     figure.savefig(path, dpi=100, metadata={"Software": None})
+
+
+def _values(tensor: Tensor, where: Tensor) -> NDArray[np.float64]:
+    values: NDArray[np.float64] = tensor.double().cpu()[where.cpu()].numpy()
+    return values

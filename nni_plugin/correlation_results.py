@@ -42,6 +42,11 @@ class Measured:
         """The squared changes, which criteria are compared with."""
         return {name: change.square() for name, change in self.changes.items()}
 
+    @property
+    def judged(self) -> int:
+        """How many channels were measured."""
+        return sum(int((~change.isnan()).sum()) for change in self.changes.values())
+
 
 @dataclass(frozen=True)
 class Scored:
@@ -79,7 +84,7 @@ def write_results(
     measured = [
         [name, channel, *("" if m is None else repr(float(m.changes[name][channel])) for m in (train, held_out))]
         for name, change in train.changes.items()
-        for channel in range(len(change))
+        for channel in (~change.isnan()).nonzero().flatten().tolist()
     ]
     (folder / "oracle.csv").write_text(_csv(("group", "channel", "change", "change_held_out"), measured), newline="")
     (folder / "correlations.json").write_text(json.dumps(record, indent=1, allow_nan=False) + "\n")

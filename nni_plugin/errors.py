@@ -55,3 +55,11 @@ class ExportError(NNIPluginError):
 
 class OutputError(NNIPluginError):
     """Results cannot be written where they were asked for."""
+
+
+class MaskError(NNIPluginError):
+    """Masks cannot be read, or do not fit the network that they are to make smaller."""
+
+
+class ConfigError(NNIPluginError):
+    """A pruner was given a config_list, an evaluator or an option that it cannot work with; the text names the key."""

@@ -36,6 +36,7 @@ class TrainingConfig:
             short runs are averaged over a share of their length rather than over their start.
         model_ema_decay: Highest decay of that average, in [0, 1).
         amp: Mixed precision of the forward pass; "fp16" needs a GPU.
+        channels_last: Weights and images in the channels-last memory format: faster convolutions.
         seed: Fixes the order of the data, dropout and mixup, >= 0.
         checkpoint_every: Minibatches between checkpoints within an epoch, >= 1; None is at epoch ends.
 
@@ -59,6 +60,7 @@ class TrainingConfig:
     model_ema: bool = False
     model_ema_decay: float = 0.998
     amp: Literal["no", "bf16", "fp16"] = "no"
+    channels_last: bool = False
     seed: int = 0
     checkpoint_every: int | None = None
 

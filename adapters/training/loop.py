@@ -106,8 +106,9 @@ class _Run:
     ) -> None:
         self._config, self._callbacks, self._path, self._bars = config, callbacks, path, bars
         self._accelerator, self._phase = accelerator, phase
+        self._format = torch.channels_last if config.channels_last else torch.preserve_format
         self._batches = EpochBatches(accelerator, loader, config.seed)
-        model.to(accelerator.device)
+        model.to(accelerator.device, memory_format=self._format)
         self._objective = Objective(model, config)
         optimizer = build_optimizer(model, config)
         self._scheduler = build_scheduler(optimizer, config, len(self._batches))
@@ -170,7 +171,7 @@ class _Run:
     def _minibatch(self, images: torch.Tensor, target: torch.Tensor) -> float:
         """Train on one minibatch and return its loss."""
         state, accelerator = self._state, self._accelerator
-        images, target = self._objective.mix(images, target)
+        images, target = self._objective.mix(images.contiguous(memory_format=self._format), target)
         self._optimizer.zero_grad()
         loss = self._objective(self._forward(images), target)
         # The mean of all processes, so that all of them stop on a loss that is not finite.

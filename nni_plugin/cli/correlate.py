@@ -23,6 +23,14 @@ def add_arguments(parser: jsonargparse.ArgumentParser) -> None:
     add("--methods", type=names, help="criteria, separated by commas (all: ours, tp:... and nni:...)")
     add("--images", type=above(1), default=2000, help="training images that the criteria and the Oracle see")
     add("--held-out-images", type=above(0), default=1000, help="further images that the Oracle alone sees")
+    add(
+        "--held-out-from",
+        type=str,
+        choices=("train", "test"),
+        default="train",
+        help="whence: training images not trained on, or test images (for weights that have seen all the others)",
+    )
+    add("--channels-per-group", type=above(1), help="judge at most so many channels of each group, drawn (all)")
     add("--ignore", type=names, default=(), help="layers to leave whole, by name, separated by commas")
     add("--pretrain-epochs", type=above(0), default=0, help="epochs to train the network first")
     add("--pretrain-lr", type=number, default=0.1, help="learning rate of that")

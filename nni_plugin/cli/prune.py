@@ -84,6 +84,7 @@ def add_arguments(parser: jsonargparse.ArgumentParser) -> None:
     add("--model-ema-decay", type=number, default=0.998, help="decay of that average")
     add("--amp", action="store_true", help="mixed precision")
     add("--amp-dtype", type=str, choices=("bfloat16", "float16"), default="bfloat16", help="its lower precision")
+    add("--channels-last", action="store_true", help="channels-last memory format: faster convolutions")
     add("--checkpoint-every", type=above(1), help="minibatches between checkpoints (every epoch)")
     add("--latency-batch-sizes", type=integers, default=(1, 64), help="batch sizes to measure the latency at")
     add("--resume", action="store_true", help="go on with the run that was interrupted in --output")

@@ -21,7 +21,8 @@ import copy
 import inspect
 import math
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from bisect import bisect_left
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -82,10 +83,18 @@ class Ablations:
             a channel; it must call it once for a minibatch, or every channel costs a full forward pass.
         memory: Bytes for values that are kept and computed, beside a copy of the network. One group's kept values
             and one sample behind it are the least.
+        channels: By group name the channels to measure, ascending; all of the groups that are not named.
     """
 
-    def __init__(self, groups: Sequence[ChannelGroup], loss_fn: LossFn = cross_entropy, memory: int = 2**30) -> None:
+    def __init__(
+        self,
+        groups: Sequence[ChannelGroup],
+        loss_fn: LossFn = cross_entropy,
+        memory: int = 2**30,
+        channels: Mapping[str, Sequence[int]] | None = None,
+    ) -> None:
         self.groups, self.loss_fn, self.memory = list(groups), loss_fn, memory
+        self.channels = {group.name: list((channels or {}).get(group.name, range(group.width))) for group in groups}
         self.fast = True
         """Whether the last minibatch was run in parts."""
 
@@ -100,14 +109,16 @@ class Ablations:
             progress: Called with the number of channels done since the last call.
 
         Returns:
-            `E(without) - E(with)` by group, float64 on the CPU, shape `[width]`; and the number of samples.
+            `E(without) - E(with)` by group, float64 on the CPU, shape `[width]`, NaN where it was not asked for; and
+            the number of samples.
 
         Raises:
             CriterionError: The minibatch is empty, a loss is not finite, or a reader is not called.
         """
         device = next((p.device for p in model.parameters()), torch.device("cpu"))
         with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.inference_mode():
-            minibatch = _Minibatch(copy.deepcopy(model), self.groups, self.loss_fn, batch, RandomState(device))
+            random = RandomState(device)
+            minibatch = _Minibatch(copy.deepcopy(model), self.groups, self.channels, self.loss_fn, batch, random)
             done: list[int] = []
 
             def noted(channels: int) -> None:
@@ -133,9 +144,16 @@ class _Minibatch:
     """One minibatch on a copy of the network."""
 
     def __init__(
-        self, network: nn.Module, groups: Sequence[ChannelGroup], loss_fn: LossFn, batch: Any, random: RandomState
+        self,
+        network: nn.Module,
+        groups: Sequence[ChannelGroup],
+        channels: Mapping[str, Sequence[int]],
+        loss_fn: LossFn,
+        batch: Any,
+        random: RandomState,
     ) -> None:
-        self.network, self.groups, self.loss_fn, self.batch, self.random = network, groups, loss_fn, batch, random
+        self.network, self.groups, self.channels = network, groups, channels
+        self.loss_fn, self.batch, self.random = loss_fn, batch, random
         self.calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
         self.loss = self._loss(Answer(network, self._seen), "with all channels")
         first = next((x for x in self._tensors() if x.dim() > 0), None)
@@ -164,8 +182,8 @@ class _Minibatch:
         """Measure every channel by a full forward pass."""
         changes = {}
         for group in self.groups:
-            changes[group.name] = torch.zeros(group.width, dtype=torch.float64)
-            for channel in range(group.width):
+            changes[group.name] = torch.full((group.width,), math.nan, dtype=torch.float64)
+            for channel in self.channels[group.name]:
                 changes[group.name][channel] = self._without(group, channel) - self.loss
                 progress(1)
         return changes
@@ -175,10 +193,12 @@ class _Minibatch:
     def _changes(self, suffixes: Suffixes, suffix: Suffix, kept: dict[Any, Any], progress: Progress) -> Tensor:
         base = kept[suffixes.output]
         labels = self._labels(base)
-        total = torch.zeros(suffix.group.width, dtype=torch.float64)
+        asked = self.channels[suffix.group.name]
+        total = torch.full((suffix.group.width,), math.nan, dtype=torch.float64)
+        total[asked] = 0.0
         if labels is None:
             before = self._loss(Answer(self.network, lambda *_, **__: base), "with all channels")
-            for channel, samples, pieces in _by_channel(suffixes.outputs(suffix, kept)):
+            for channel, samples, pieces in _by_channel(suffixes.outputs(suffix, kept, asked)):
                 output = suffixes.whole(base, pieces, samples)
                 answer = Answer(self.network, lambda *_, output=output, **__: output)
                 total[channel] = self._loss(answer, _name(suffix.group, channel)) - before
@@ -186,16 +206,18 @@ class _Minibatch:
             return total
         per_sample = F.cross_entropy(base, labels, reduction="none")
         done = 0
-        for channels, rows, output in suffixes.outputs(suffix, kept):
+        for channels, rows, output in suffixes.outputs(suffix, kept, asked):
             rows = rows.to(labels.device)
             change = F.cross_entropy(output, labels[rows], reduction="none") - per_sample[rows]
             total.index_add_(0, channels, change.double().cpu())
-            progress(int(channels[-1]) - done)
-            done = int(channels[-1])
-        progress(suffix.group.width - done)
+            now = bisect_left(asked, int(channels[-1]))
+            progress(now - done)
+            done = now
+        progress(len(asked) - done)
         total /= self.samples
-        if not bool(torch.isfinite(total).all()):
-            channel = int((~torch.isfinite(total)).nonzero()[0])
+        infinite = [channel for channel in asked if not math.isfinite(float(total[channel]))]
+        if infinite:
+            channel = infinite[0]
             self._loss_value(total[channel], _name(suffix.group, channel))
         return total
 
@@ -237,7 +259,9 @@ class _Minibatch:
 
     def _check(self, group: ChannelGroup, changes: Tensor) -> None:
         """Hold one channel against the definition, the one that matters most."""
-        channel = int(changes.abs().argmax())
+        channel = int(changes.nan_to_num(0.0).abs().argmax())
+        if channel not in self.channels[group.name]:
+            channel = self.channels[group.name][0]
         expected = self._without(group, channel) - self.loss
         allowed = max(map(tolerance, self.network.parameters()), default=1e-8)
         if not abs(expected - float(changes[channel])) <= allowed * max(1.0, abs(self.loss), abs(expected)):

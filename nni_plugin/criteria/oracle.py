@@ -37,6 +37,9 @@ class Oracle(Criterion):
             forward passes.
         signed: Score with the loss change itself, so that channels whose removal lowers the loss go first.
         memory: Bytes for values that are kept and computed, beside a copy of the network.
+        channels_per_group: Measure at most so many channels of each group, drawn at random; None: all. `loss_changes`
+            of the others are NaN, and there are no scores: for judging criteria on wide networks, not for pruning.
+        seed: Of that draw.
     """
 
     needs_gradients = False
@@ -44,10 +47,19 @@ class Oracle(Criterion):
 
     _ablations: Ablations | None = None
 
-    def __init__(self, loss_fn: LossFn | None = None, signed: bool = False, memory: int = 2**30) -> None:
+    def __init__(
+        self,
+        loss_fn: LossFn | None = None,
+        signed: bool = False,
+        memory: int = 2**30,
+        channels_per_group: int | None = None,
+        seed: int = 0,
+    ) -> None:
         if memory < 1:
             raise CriterionError(f"memory must be a number of bytes above 0, got {memory}.")
-        self.signed, self.memory = signed, memory
+        if channels_per_group is not None and channels_per_group < 1:
+            raise CriterionError(f"channels_per_group must be at least 1, got {channels_per_group}.")
+        self.signed, self.memory, self.channels_per_group, self.seed = signed, memory, channels_per_group, seed
         super().__init__()
         self.loss_fn = loss_fn
 
@@ -69,7 +81,7 @@ class Oracle(Criterion):
             widths = {group.name: group.width for group in asked}
             if self._sums and {name: len(total) for name, total in self._sums.items()} != widths:
                 raise CriterionError("The Oracle holds data of other groups; call reset() before.")
-            self._ablations = Ablations(asked, self.loss_fn or cross_entropy, self.memory)
+            self._ablations = Ablations(asked, self.loss_fn or cross_entropy, self.memory, self._drawn(asked))
             try:
                 yield self
             finally:
@@ -85,7 +97,7 @@ class Oracle(Criterion):
         """Return how the loss changes when each channel of a group is removed alone.
 
         Returns:
-            Mean over all samples seen, in units of the loss, float64, shape `[width]`.
+            Mean over all samples seen, in units of the loss, float64, shape `[width]`; NaN where not measured.
 
         Raises:
             CriterionError: The group was not among those collected for.
@@ -120,7 +132,7 @@ class Oracle(Criterion):
 
     def _gather(self, model: nn.Module) -> None:
         assert self._ablations is not None
-        channels = sum(group.width for group in self._ablations.groups)
+        channels = sum(map(len, self._ablations.channels.values()))
         with tqdm(desc="oracle", total=channels, unit="gate", delay=2, disable=None, leave=False) as bar:
             changes, samples = self._ablations.changes(model, self._batch, bar.update)
         for name, change in changes.items():
@@ -128,6 +140,20 @@ class Oracle(Criterion):
             self._sums[name] = self._sums[name] + weighed if name in self._sums else weighed
         self.samples += samples
 
+    def _drawn(self, groups: Sequence[ChannelGroup]) -> dict[str, list[int]]:
+        """Return the channels to measure, the same in every minibatch and process."""
+        generator = torch.Generator().manual_seed(self.seed)
+        number = self.channels_per_group
+        return {
+            group.name: torch.randperm(group.width, generator=generator)[:number].sort().values.tolist()
+            for group in groups
+        }
+
     def _score(self, group: ChannelGroup) -> Tensor:
         change = self.loss_changes(group)
+        if self.channels_per_group is not None and self.channels_per_group < group.width:
+            raise CriterionError(
+                f"The Oracle measured {self.channels_per_group} of the {group.width} channels of {group.name!r}, so it "
+                "cannot rank them: leave channels_per_group out, or read loss_changes()."
+            )
         return change if self.signed else change.square()

@@ -7,8 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from nni_plugin.adapters.training import TrainingConfig
 from nni_plugin.benchmarks import __main__ as program
 from nni_plugin.benchmarks import correlations
+from nni_plugin.benchmarks.presets import Preset
 from nni_plugin.errors import OutputError
 
 ROOT = Path(__file__).parents[2]
@@ -17,20 +19,21 @@ SMALL = {
     "seeds": (0, 1),
     "images": 32,
     "held_out_images": 32,
-    "epochs": 1,
-    "batch_size": 32,
-    "img_size": 8,
-    "dataset": "digits",
+    "channels_per_group": 10,
     "methods": ("taylor-fo", "taylor-fisher", "tp:magnitude", "random"),
     "device": "cpu",
 }
+TRAINING = TrainingConfig(epochs=1, lr=0.05)
+TINY = Preset("digits", 600, TRAINING, TRAINING, batch_size=32, img_size=8)
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     """The folder of runs and the result; both to be left as they are."""
     folder = tmp_path_factory.mktemp("runs")
-    return folder, correlations.run(**SMALL, folder=folder)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(correlations, "DENSE", {"resnet20": TINY})
+        yield folder, correlations.run(**SMALL, folder=folder, dense=folder / "dense")
 
 
 def test_one_file_a_run(made):
@@ -50,6 +53,8 @@ def test_means_over_seeds(made):
         assert found[column]["mean"] == pytest.approx(statistics.mean(values))
         assert found[column]["sd"] == pytest.approx(statistics.stdev(values))
     assert found["spearman_signed"]["n"] == 0  # it predicts no sign
+    network = result["networks"]["resnet20"]
+    assert network["judged"] == 10 * network["groups"] < network["channels"]
     assert json.loads(json.dumps(result, allow_nan=False)) == result
 
 
@@ -60,11 +65,11 @@ def test_goes_on_where_it_was(made, monkeypatch, tmp_path):
         raise AssertionError("ran what is done")
 
     monkeypatch.setattr(correlations, "run_correlations", again)
-    assert correlations.run(**SMALL, folder=folder) == result
+    assert correlations.run(**SMALL, folder=folder, dense=folder / "dense") == result
     with pytest.raises(OutputError, match="images was 32, is now 64"):
-        correlations.run(**{**SMALL, "images": 64}, folder=folder)
+        correlations.run(**{**SMALL, "images": 64}, folder=folder, dense=folder / "dense")
     with pytest.raises(AssertionError, match="ran what is done"):
-        correlations.run(**{**SMALL, "seeds": (2,)}, folder=folder)
+        correlations.run(**{**SMALL, "seeds": (2,)}, folder=folder, dense=folder / "dense")
 
 
 def test_page_holds_the_numbers_best_first(made):

@@ -19,7 +19,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(folder: Path, monkeypatch: pytest.MonkeyPatch, **options: object) -> dict:
-    monkeypatch.setattr(joint_removal, "PRESET", TINY)
+    monkeypatch.setattr(joint_removal, "DENSE", {"resnet20": TINY})
     given = {
         "networks": ("resnet20",),
         "methods": ("obs", "magnitude"),

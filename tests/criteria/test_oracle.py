@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from nni_plugin.adapters.torch_pruning import cut_channels, find_groups
+from nni_plugin.correlation import correlate
 from nni_plugin.criteria import Oracle, TaylorFO
 from nni_plugin.criteria.ablation import Ablations
 from nni_plugin.criteria.suffix_runs import Suffixes
@@ -382,6 +383,32 @@ def test_resumes_from_its_state_and_weighs_by_samples() -> None:
         torch.testing.assert_close(resumed.loss_changes(group), wanted, rtol=1e-9, atol=1e-11)
     with pytest.raises(CriterionError, match="other groups"), resumed.collect(model, groups[:1]):
         pass
+
+
+def test_some_channels_of_each_group_are_measured_as_when_all_are() -> None:
+    model, batch = randomise(residual()), batch_of()
+    groups = free(model, batch)
+
+    def changes(**options: Any) -> dict[str, Tensor]:
+        oracle = measured(model, groups, batch, **options)
+        return {group.name: oracle.loss_changes(group) for group in groups}
+
+    everything, some = changes(), changes(channels_per_group=2, seed=3)
+    again, other = changes(channels_per_group=2, seed=3), changes(channels_per_group=2, seed=4)
+    drawn = {name: (~change.isnan()).nonzero().flatten().tolist() for name, change in some.items()}
+    for group in groups:
+        there = drawn[group.name]
+        assert len(there) == min(2, group.width)
+        torch.testing.assert_close(some[group.name][there], everything[group.name][there], rtol=1e-9, atol=1e-13)
+        torch.testing.assert_close(again[group.name], some[group.name], rtol=0, atol=0, equal_nan=True)
+    assert any((~change.isnan()).nonzero().flatten().tolist() != drawn[name] for name, change in other.items())
+    found = correlate(everything, some)
+    assert found.spearman == pytest.approx(1.0)
+    assert found.channels == sum(map(len, drawn.values()))
+    with pytest.raises(CriterionError, match=r"measured 2 of the \d+ channels"):
+        measured(model, groups, batch, channels_per_group=2)(groups[0])
+    with pytest.raises(CriterionError, match="channels_per_group"):
+        Oracle(channels_per_group=0)
 
 
 def test_signed_scores_are_the_changes() -> None:

@@ -1,0 +1,40 @@
+"""NNI shells: pruners that fit where NNI's own do, and a speed-up that turns masks into a smaller network."""
+
+from nni_plugin.pruners.base import ChannelMaskPruner
+from nni_plugin.pruners.evaluators import LightningEvaluator, TorchEvaluator
+from nni_plugin.pruners.methods import (
+    BNScalePruner,
+    FeatureMapPruner,
+    FPGMPruner,
+    L1NormPruner,
+    L2NormPruner,
+    OBDPruner,
+    OBSPruner,
+    OraclePruner,
+    RandomPruner,
+    TaylorFGPruner,
+    TaylorFisherPruner,
+    TaylorFOPruner,
+    TaylorSOPruner,
+)
+from nni_plugin.pruners.speedup import ModelSpeedup
+
+__all__ = [
+    "BNScalePruner",
+    "ChannelMaskPruner",
+    "FPGMPruner",
+    "FeatureMapPruner",
+    "L1NormPruner",
+    "L2NormPruner",
+    "LightningEvaluator",
+    "ModelSpeedup",
+    "OBDPruner",
+    "OBSPruner",
+    "OraclePruner",
+    "RandomPruner",
+    "TaylorFGPruner",
+    "TaylorFOPruner",
+    "TaylorFisherPruner",
+    "TaylorSOPruner",
+    "TorchEvaluator",
+]

@@ -1,0 +1,265 @@
+"""`ModelSpeedup` where NNI's own does not run any more: masks in, a smaller network out.
+
+The masks become a :class:`~nni_plugin.plan.PruningPlan` and are applied through the dependency graph, in four steps:
+weights are multiplied with their masks; the channels that nobody gets anything from are found
+(:mod:`~nni_plugin.pruners.dead_channels`); their constants are handed to their readers
+(:mod:`~nni_plugin.pruners.constants`); they are cut. The result is compared with the masked network, and what
+could not be removed, or is not the same, is said.
+"""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nni_plugin.adapters.torch_pruning import find_groups, sound_groups, verify
+from nni_plugin.adapters.torch_pruning.apply import apply_plan
+from nni_plugin.adapters.torch_pruning.surgery import CUTS, sliced
+from nni_plugin.cost import call, count, tensors_in
+from nni_plugin.errors import MaskError, SurgeryError
+from nni_plugin.groups import ChannelGroup
+from nni_plugin.plan import PruningPlan
+from nni_plugin.pruners.constants import Constants
+from nni_plugin.pruners.dead_channels import Verdict, dead_channels, plan_from_masks
+from nni_plugin.pruners.line_up import Order, note_orders, order_of, reorder
+from nni_plugin.pruners.masks import load_masks, parameter_masks
+from nni_plugin.tensors import tensor_of
+
+TOLERANCE = 1e-5
+"""Difference of masked and compact network, over the largest output, from which on it is warned of."""
+
+
+@dataclass(frozen=True)
+class SpeedupReport:
+    """What became of the masks.
+
+    Args:
+        groups: A verdict for each coupled group that a mask asks channels of.
+        max_abs: Largest absolute difference between outputs of the masked and of the compact network, on the dummy
+            input and on random numbers in its place.
+        max_rel: The same over the largest absolute output of the masked network.
+        inexact: By path of a layer, why it does not give exactly what it gave under the masks.
+        zeros_left: Masked weights that are still in the network, as zeros.
+    """
+
+    groups: tuple[Verdict, ...]
+    max_abs: float
+    max_rel: float
+    inexact: Mapping[str, str]
+    zeros_left: int
+
+    @property
+    def left(self) -> tuple[Verdict, ...]:
+        """The groups that keep channels which some mask asks to remove."""
+        return tuple(verdict for verdict in self.groups if verdict.removed < verdict.asked)
+
+    def __str__(self) -> str:
+        """Return a few lines for a person to read."""
+        asked, removed = (sum(getattr(v, name) for v in self.groups) for name in ("asked", "removed"))
+        lines = [
+            f"{removed} of {asked} masked coupled channels removed; {self.zeros_left} masked weights stay as zeros"
+        ]
+        lines += [f"{v.name}: {v.removed} of {v.asked} removed, the others {v.reason}" for v in self.left]
+        lines.append(f"masked against compact: {self.max_abs:.3g} absolute, {self.max_rel:.3g} relative")
+        lines += [f"{path}: {why}" for path, why in self.inexact.items()]
+        return "\n".join(lines)
+
+
+class ModelSpeedup:
+    """Make a masked network small: drop-in for `nni.compression.speedup.ModelSpeedup`.
+
+    Args:
+        model: The network, unwrapped (`pruner.unwrap_model()`); changed in place by :meth:`speedup_model` only.
+            Parameters stay the same objects.
+        dummy_input: One tensor `[N, ...]`, or a tuple or dict of inputs, to trace the network with.
+        masks_or_file: Masks as any pruner returns them, `{module: {target: mask}}`, or the path of a file of them.
+        map_location: Where masks of a file go, as in `torch.load`.
+        batch_dim: Must be 0.
+        batch_size: Taken for compatibility; masks are followed along the graph, not inferred from data.
+        customized_mask_updaters: Must be empty: there are no rules per operator that could be replaced.
+        customized_replacers: Must be empty: layers are not replaced, their tensors shrink.
+        graph_module: Must be None: the graph is found by tracing autograd.
+        garbage_collect_values: Taken for compatibility; no values are kept.
+        logger: Is told the report; None for this module's own.
+
+    Attributes:
+        plan: The plan that was applied; `carry_optimizer(optimizer, speedup.plan)` takes an optimizer along. None
+            before :meth:`speedup_model`.
+        report: What became of the masks, None before.
+
+    Raises:
+        MaskError: The masks cannot be read or do not fit the network, or an argument asks for what NNI's own way needs.
+
+    Example:
+        >>> model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(16, 2))
+        >>> keep = torch.tensor([1, 0, 0, 1])
+        >>> masks = {"0": {"weight": keep.reshape(4, 1, 1, 1).expand(4, 1, 3, 3), "bias": keep}}
+        >>> ModelSpeedup(model, torch.randn(1, 1, 4, 4), masks).speedup_model()[3]
+        Linear(in_features=8, out_features=2, bias=True)
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        dummy_input: Any,
+        masks_or_file: Any,
+        map_location: Any = None,
+        batch_dim: int = 0,
+        batch_size: int = 8,
+        customized_mask_updaters: Any = None,
+        customized_replacers: Any = None,
+        graph_module: Any = None,
+        garbage_collect_values: bool = True,
+        logger: logging.Logger | None = None,
+    ) -> None:
+        refused = {
+            "customized_mask_updaters": customized_mask_updaters,
+            "customized_replacers": customized_replacers,
+            "graph_module": graph_module,
+            "batch_dim": batch_dim,
+        }
+        for name, value in refused.items():
+            if value:
+                raise MaskError(
+                    f"{name}={value!r} belongs to NNI's own way of tracing; leave it out. See ModelSpeedup."
+                )
+        self.model, self.dummy_input = model, dummy_input
+        self.masks = parameter_masks(model, load_masks(masks_or_file, map_location))
+        self.logger = logger or logging.getLogger(__name__)
+        self.plan: PruningPlan | None = None
+        self.report: SpeedupReport | None = None
+
+    def speedup_model(self) -> nn.Module:
+        """Remove what the masks leave without effect, in place.
+
+        Weights that are masked and stay are zero afterwards. Mode and statistics stay as they are, but for running
+        means that take over constants of removed channels.
+
+        Returns:
+            The same model, smaller. Its attribute `pruning_plan` is the plan.
+
+        Raises:
+            MaskError: It was called before.
+            GraphError: The network does not run on the dummy input or cannot be traced; it is unchanged.
+            SurgeryError: The smaller network does not compute what the masked one does; it is unchanged.
+        """
+        if self.plan is not None:
+            raise MaskError("The masks have been applied already; what they spoke of is no longer there.")
+        model, inputs = self.model, self.dummy_input
+        groups = find_groups(model, inputs, keep_host=True)
+        before = count(model, inputs)
+        with _restored_on_error(model):
+            for name, mask in self.masks.items():
+                parameter = tensor_of(model, name).data
+                parameter.mul_(mask.to(parameter))
+            expected = self._outputs()
+            orders = self._line_up(groups, expected)
+            plan, verdicts, groups = self._plan(groups)
+            constants = Constants(model, plan, groups)
+            with constants.listening():
+                self._outputs()
+            inexact = constants.fold()
+            apply_plan(model, plan, inputs, groups=groups)
+        zeros_left = self._zeros_left(plan)
+        note_orders(model, plan, orders)
+        difference, relative = _distance(expected, self._outputs())
+        for path in (path for verdict in verdicts for path in verdict.renormalised):
+            inexact[path] = "it normalises over channels, of which some have left"
+        after = count(model, inputs)
+        self.plan = replace(plan, cost_before=before, cost_after=after)
+        model.pruning_plan = replace(model.pruning_plan, cost_before=before, cost_after=after)  # type: ignore
+        self.report = SpeedupReport(verdicts, difference, relative, inexact, zeros_left)
+        self.logger.info("%s; %s -> %s", self.report, before, after)
+        if self.report.left or not relative <= TOLERANCE:
+            warnings.warn(str(self.report), stacklevel=2)
+        return model
+
+    def _line_up(self, groups: list[ChannelGroup], expected: list[Tensor]) -> list[Order]:
+        """Reorder channels where that lets more of them leave; taken back should the outputs change."""
+        orders = []
+        for group in groups:
+            if group.fixed is None and group.units < group.width:
+                order = order_of(self.model, group, dead_channels(self.model, group, self.masks))
+                if order is not None:
+                    reorder(self.model, self.masks, order)
+                    orders.append(order)
+        if orders and not _distance(expected, self._outputs())[1] <= TOLERANCE:
+            for order in reversed(orders):
+                reorder(self.model, self.masks, order.inverse)
+            return []
+        return orders
+
+    def _plan(self, groups: list[ChannelGroup]) -> tuple[PruningPlan, tuple[Verdict, ...], list[ChannelGroup]]:
+        """Turn the masks into a plan that the network survives; groups that fail are left whole, with the reason."""
+        plan, verdicts = plan_from_masks(self.model, groups, self.masks)
+        try:
+            sound = verify(self.model, plan, self.dummy_input, groups=groups).ok
+        except SurgeryError:
+            sound = False
+        if not sound:
+            groups = sound_groups(self.model, groups, self.dummy_input)
+            plan, verdicts = plan_from_masks(self.model, groups, self.masks)
+        return plan, verdicts, groups
+
+    @torch.no_grad()
+    def _outputs(self) -> list[Tensor]:
+        """Run the network in eval mode on the dummy input and on random numbers in its place."""
+        modes = {module: module.training for module in self.model.modules()}
+        generator = torch.Generator().manual_seed(0)
+        try:
+            self.model.eval()
+            outputs = [call(self.model, x) for x in (self.dummy_input, _random_like(self.dummy_input, generator))]
+        finally:
+            for module, training in modes.items():
+                module.training = training
+        return [tensor for tensor in tensors_in(outputs) if tensor.is_floating_point()]
+
+    def _zeros_left(self, plan: PruningPlan) -> int:
+        """Count the masked weights that no cut has taken away."""
+        left = 0
+        for name, mask in self.masks.items():
+            cuts = [cut for cut in CUTS.get(tensor_of(self.model, name), []) if cut.digest == plan.digest]
+            left += int((~sliced(mask, cuts[-1].keep if cuts else {})).sum())
+        return left
+
+
+def _distance(expected: list[Tensor], got: list[Tensor]) -> tuple[float, float]:
+    """Return the largest absolute difference, and the same over the largest expected value."""
+    pairs = [(a, b) for a, b in zip(expected, got, strict=True) if a.numel()]
+    largest = max((float(a.abs().max()) for a, _ in pairs), default=0.0)
+    difference = max((float((a - b).abs().max()) for a, b in pairs), default=0.0)
+    return difference, difference / largest if largest else difference
+
+
+def _random_like(value: Any, generator: torch.Generator) -> Any:
+    """Copy nested inputs with random numbers in place of floating-point ones."""
+    if isinstance(value, Tensor):
+        if not value.is_floating_point():
+            return value
+        return torch.randn(value.shape, generator=generator).to(value)
+    if isinstance(value, Mapping):
+        return {key: _random_like(item, generator) for key, item in value.items()}
+    if isinstance(value, (tuple, list)):
+        return tuple(_random_like(item, generator) for item in value)
+    return value
+
+
+@contextmanager
+def _restored_on_error(model: nn.Module) -> Iterator[None]:
+    """Put back values and gradients, should anything fail; shapes are put back by whoever cuts."""
+    tensors = [*model.parameters(), *model.buffers()]
+    tensors += [tensor.grad for tensor in tensors if tensor.grad is not None]
+    copies = [tensor.detach().clone() for tensor in tensors]
+    try:
+        yield
+    except BaseException:
+        for tensor, copy in zip(tensors, copies, strict=True):
+            tensor.data.copy_(copy)
+        raise
