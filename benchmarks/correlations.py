@@ -76,7 +76,11 @@ def run(
         data_dir: Folder of the data; the environment variable FASHION_MNIST names it too.
         device: cpu, cuda ...; the best there is if not given.
     """
-    asked = {"images": images, "held_out_images": held_out_images, "channels_per_group": channels_per_group}
+    asked: dict[str, Any] = {
+        "images": images,
+        "held_out_images": held_out_images,
+        "channels_per_group": channels_per_group,
+    }
     grid = Grid(Path(folder), asked)
     runs: dict[str, dict[int, dict[str, Any]]] = {}
     for network in networks:
@@ -114,7 +118,7 @@ def run(
 
 def _training(preset: Preset) -> dict[str, Any]:
     """Return how a dense network was trained, as JSON values."""
-    values: dict[str, Any] = json.loads(json.dumps({"dataset": preset.dataset, **asdict(preset.base)}))
+    values: dict[str, Any] = json.loads(json.dumps({"dataset": preset.dataset, "img_size": preset.img_size, **asdict(preset.base)}))
     return values
 
 

@@ -6,8 +6,9 @@ weights. In the order of the forward pass each dense layer solves `min |X W - Y|
 pruned network (mended so far) feeds it, `Y` what the same layer of the dense network gives for the same images, at
 positions drawn at random; the ridge pulls towards the present weights and is chosen on rows held out.
 
-Cost: both networks run up to each layer in turn, about `layers / 2` forward passes of each; one linear system of
-`inputs * kernel` unknowns a layer. No labels, no gradients.
+Cost: one forward pass of both networks where they can be traced and what is alive between two layers fits in memory
+for all images (:mod:`nni_plugin.side_by_side`), else about `layers / 2`; one linear system of `inputs * kernel`
+unknowns a layer. No labels, no gradients.
 """
 
 from __future__ import annotations
@@ -25,13 +26,10 @@ from nni_plugin.adapters.torch_pruning import find_groups, kept_outputs
 from nni_plugin.adapters.torch_pruning.surgery import check_fit
 from nni_plugin.cost import on_device_of
 from nni_plugin.errors import DataError, PlanError, SurgeryError
+from nni_plugin.side_by_side import SideBySide
 
 RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 """What the ridge is chosen from, in units of the mean square of the inputs."""
-
-
-class _Stop(Exception):
-    """Ends a forward pass at the layer that was asked for."""
 
 
 @torch.no_grad()
@@ -44,6 +42,7 @@ def reconstruct(
     *,
     positions: int = 10,
     seed: int = 0,
+    memory: int = 4 * 2**30,
 ) -> dict[str, float]:
     """Re-solve the weights of a pruned network's dense layers, in place.
 
@@ -57,6 +56,7 @@ def reconstruct(
         forward: `forward(model, batch)` runs a network.
         positions: Output positions drawn of each image and layer.
         seed: Of the positions.
+        memory: Bytes for values of all images side by side, for both networks.
 
     Returns:
         By layer the share of the squared error that is left on held-out rows; 1 where the weights stay.
@@ -69,6 +69,8 @@ def reconstruct(
     plan = getattr(pruned, "pruning_plan", None)
     if plan is None:
         raise PlanError("The pruned network has no pruning_plan: apply one with plan.apply(model, example_inputs).")
+    if iter(batches) is batches:
+        raise DataError("batches can be gone through only once: give a list or a loader. The model is unchanged.")
     example_inputs = on_device_of(dense, example_inputs)
     with torch.enable_grad():
         groups = find_groups(dense, example_inputs)
@@ -80,8 +82,11 @@ def reconstruct(
         pruned.eval()
         dense.eval()
         layers = _order(pruned, batches, forward)
+        here, there = (SideBySide(net, layers, batches, forward, memory // 2) for net in (pruned, dense))
+        sizes = [_samples(batch) for batch in batches]
         for path in tqdm(layers, desc="reconstruct", unit="layer", delay=2, disable=None, leave=False):
-            rows, targets = _rows(pruned, dense, path, kept.get(path), batches, forward, positions, seed)
+            pairs = zip(here.inputs(path), there.outputs(path), sizes, strict=True)
+            rows, targets = _rows(pruned.get_submodule(path), path, kept.get(path), pairs, positions, seed)
             left[path] = _solve(pruned.get_submodule(path), rows, targets)
     finally:
         for module, training in modes.items():
@@ -120,24 +125,19 @@ def _order(model: nn.Module, batches: Iterable[Any], forward: Callable[[nn.Modul
 
 
 def _rows(
-    pruned: nn.Module,
-    dense: nn.Module,
+    layer: nn.Module,
     path: str,
     kept: Tensor | None,
-    batches: Iterable[Any],
-    forward: Callable[[nn.Module, Any], Any],
+    pairs: Iterable[tuple[Tensor, Tensor, int]],
     positions: int,
     seed: int,
 ) -> tuple[Tensor, Tensor]:
-    """Return what a layer reads in the pruned network and gives in the dense one, `[rows, inputs or outputs]`."""
+    """Draw from what a layer reads in the pruned network and gives in the dense one, `[rows, inputs or outputs]`."""
     generator = torch.Generator().manual_seed(seed)
-    layer = pruned.get_submodule(path)
     width = len(layer.get_parameter("weight"))
     inputs: list[Tensor] = []
     outputs: list[Tensor] = []
-    for batch in batches:
-        x, _ = _reach(pruned, path, batch, forward)
-        _, y = _reach(dense, path, batch, forward)
+    for x, y, samples in pairs:
         y = y if kept is None else y.index_select(1 if isinstance(layer, _ConvNd) else -1, kept.to(y.device))
         if isinstance(layer, nn.Conv2d):
             at = torch.randint(y.shape[2] * y.shape[3], (positions,), generator=generator).tolist()
@@ -145,15 +145,13 @@ def _rows(
             outputs.append(torch.cat([y[:, :, i // y.shape[3], i % y.shape[3]] for i in at]))
         else:
             x, y = x.flatten(0, -2), y.flatten(0, -2)
-            if len(x) > positions * _samples(batch):
-                at_rows = torch.randperm(len(x), generator=generator)[: positions * _samples(batch)].to(x.device)
+            if len(x) > positions * samples:
+                at_rows = torch.randperm(len(x), generator=generator)[: positions * samples].to(x.device)
                 x, y = x[at_rows], y[at_rows]
             inputs.append(x)
             outputs.append(y)
         if len(inputs[-1]) != len(outputs[-1]) or outputs[-1].shape[1] != width:
             raise SurgeryError(f"Layer {path!r} does not give the same outputs in both networks.")
-    if not inputs:
-        raise DataError("There is no minibatch left: give minibatches that can be gone through again, such as a list.")
     rows, targets = torch.cat(inputs).double(), torch.cat(outputs).double()
     if not bool(torch.isfinite(rows).all() and torch.isfinite(targets).all()):
         raise DataError(f"What layer {path!r} reads or gives is not finite: look at the data.")
@@ -164,24 +162,6 @@ def _samples(batch: Any) -> int:
     """Return the length of the first tensor of a minibatch."""
     first = batch if isinstance(batch, Tensor) else next(iter(batch.values() if isinstance(batch, Mapping) else batch))
     return len(first)
-
-
-def _reach(model: nn.Module, path: str, batch: Any, forward: Callable[[nn.Module, Any], Any]) -> tuple[Tensor, Tensor]:
-    """Run a network up to a layer; returns what it reads and what it gives."""
-    seen: list[tuple[Tensor, Tensor]] = []
-
-    def stop(_: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-        seen.append((args[0], output))
-        raise _Stop
-
-    handle = model.get_submodule(path).register_forward_hook(stop)
-    try:
-        forward(model, batch)
-    except _Stop:
-        pass
-    finally:
-        handle.remove()
-    return seen[0]
 
 
 def _patches(layer: nn.Conv2d, x: Tensor, at: list[int], width: int) -> Tensor:

@@ -25,7 +25,7 @@ FLOORS = (
     frozenset({"criteria"}),
     frozenset({"budgets"}),
     frozenset({"selection", "slim_cost", "schedules", "scorer", "live_plan"}),
-    frozenset({"layers", "performance"}),
+    frozenset({"layers", "performance", "side_by_side"}),
     frozenset({"adapters"}),
     frozenset({"channel_pruner", "methods"}),
     frozenset({"planner", "checkpoint", "reconstruction"}),

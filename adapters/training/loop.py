@@ -108,7 +108,8 @@ class _Run:
         self._accelerator, self._phase = accelerator, phase
         self._format = torch.channels_last if config.channels_last else torch.preserve_format
         self._batches = EpochBatches(accelerator, loader, config.seed)
-        model.to(accelerator.device, memory_format=self._format)
+        model.to(accelerator.device)
+        model.to(memory_format=self._format)
         self._objective = Objective(model, config)
         optimizer = build_optimizer(model, config)
         self._scheduler = build_scheduler(optimizer, config, len(self._batches))

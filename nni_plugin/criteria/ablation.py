@@ -18,7 +18,6 @@ Cost: about a third of a forward pass a channel for residual networks, which is 
 from __future__ import annotations
 
 import copy
-import inspect
 import math
 import warnings
 from bisect import bisect_left
@@ -33,7 +32,7 @@ from nni_plugin.criteria.masked_loop import RandomState, without
 from nni_plugin.criteria.replay import Replay, leaves, tolerance
 from nni_plugin.criteria.suffix_runs import Suffixes
 from nni_plugin.criteria.suffixes import Suffix
-from nni_plugin.criteria.traced import CannotReplayError
+from nni_plugin.criteria.traced import CannotReplayError, bound_inputs
 from nni_plugin.errors import CriterionError
 from nni_plugin.groups import ChannelGroup
 
@@ -288,12 +287,7 @@ class _Minibatch:
         if len(self.calls) != 1:
             raise CannotReplayError(f"loss_fn calls the network {len(self.calls)} times")
         (args, kwargs) = self.calls[0]
-        bound = inspect.signature(self.network.forward).bind(*args, **kwargs)
-        bound.apply_defaults()
-        kinds = {parameter.kind for parameter in bound.signature.parameters.values()}
-        if kinds & {inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD}:
-            raise CannotReplayError("forward() takes any number of arguments")
-        return dict(bound.arguments)
+        return bound_inputs(self.network, args, kwargs)
 
     def _readers(self) -> list[nn.Module]:
         return [self.network.get_submodule(member.path) for group in self.groups for member in group.readers]

@@ -11,16 +11,15 @@ that too, or from its mode: it can only be run on all samples as they are (`by_r
 from __future__ import annotations
 
 import copy
-import operator
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.fx.node import map_aggregate, map_arg
+from torch.fx.node import map_aggregate
 
 from nni_plugin.criteria.masked_loop import RandomState
-from nni_plugin.criteria.traced import TRACING_ERRORS, CannotReplayError, TracedNetwork, is_marked
+from nni_plugin.criteria.traced import CannotReplayError, TracedNetwork, is_marked, last_uses
 
 _SIZE_METHODS = ("size", "dim", "numel", "ndimension")
 
@@ -112,26 +111,8 @@ class Replay(TracedNetwork):
     # -- running -----------------------------------------------------------------------------------------
 
     def call(self, node: fx.Node, value: Callable[[fx.Node], Any]) -> Any:
-        """Compute one node from the values of others."""
-        try:
-            return self._call(node, map_arg(node.args, value), map_arg(node.kwargs, value))
-        except torch.OutOfMemoryError:
-            raise
-        except TRACING_ERRORS as error:  # the network itself has run on this minibatch before
-            raise CannotReplayError(f"at {node.name}: {error}") from error
-
-    def _call(self, node: fx.Node, args: Any, kwargs: Any) -> Any:
-        if node.op == "call_module":
-            return self.layers[node](*args, **kwargs)
-        if node.op == "call_function":
-            return node.target(*args, **kwargs)  # type: ignore[operator]
-        if node.op == "call_method":
-            return getattr(args[0], node.target)(*args[1:], **kwargs)  # type: ignore[arg-type]
-        if node.op == "get_attr":
-            return operator.attrgetter(node.target)(self.module)  # type: ignore[arg-type]
-        if node.op == "output":
-            return args[0]
-        return self.inputs[node]
+        """Compute one node from the values of others; a placeholder is the network's input."""
+        return self.inputs[node] if node.op == "placeholder" else super().call(node, value)
 
     def base(self, keep: set[fx.Node]) -> dict[fx.Node, Any]:
         """Run the network on all samples and return the values of some nodes and of the output."""
@@ -176,18 +157,6 @@ class Replay(TracedNetwork):
             return self.in_rows(node, kept, rows)
         shapes = [torch.empty((how.per_sample * len(rows), *how.rest), device="meta") for how in kind]
         return shapes[0] if len(shapes) == 1 else tuple(shapes)
-
-
-def last_uses(nodes: Iterable[fx.Node]) -> dict[fx.Node, list[fx.Node]]:
-    """Return for each node which others are read there for the last time, when only these nodes are run."""
-    last: dict[fx.Node, fx.Node] = {}
-    for node in nodes:
-        for before in node.all_input_nodes:
-            last[before] = node
-    frees: dict[fx.Node, list[fx.Node]] = {}
-    for before, node in last.items():
-        frees.setdefault(node, []).append(before)
-    return frees
 
 
 def take_rows(x: Tensor, rows: Tensor, per_sample: int) -> Tensor:

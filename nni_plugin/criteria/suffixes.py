@@ -14,8 +14,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, fx, nn
 
-from nni_plugin.criteria.replay import Replay, last_uses
-from nni_plugin.criteria.traced import CONVOLUTIONS, CannotReplayError
+from nni_plugin.criteria.replay import Replay
+from nni_plugin.criteria.traced import CONVOLUTIONS, CannotReplayError, last_uses
 from nni_plugin.groups import ChannelGroup
 
 _FRESH = (*CONVOLUTIONS, nn.Linear)

@@ -10,11 +10,12 @@ from __future__ import annotations
 import copy
 import inspect
 import operator
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.fx.node import map_arg
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 
@@ -57,6 +58,7 @@ class TracedNetwork:
         network: The network; it is not changed.
         readers: Layers that must be nodes of the graph.
         inputs: Values of the parameters of `forward`, in order; non-tensors are fixed to these values.
+        fold: Whether batch normalisations are folded in eval mode.
 
     Attributes:
         nodes: In the order in which they run; the last is `output`.
@@ -67,7 +69,9 @@ class TracedNetwork:
         CannotReplayError: The network cannot be traced, or writes into parts of tensors.
     """
 
-    def __init__(self, network: nn.Module, readers: Sequence[nn.Module], inputs: Mapping[str, Any]) -> None:
+    def __init__(
+        self, network: nn.Module, readers: Sequence[nn.Module], inputs: Mapping[str, Any], *, fold: bool = True
+    ) -> None:
         fixed = {name: value for name, value in inputs.items() if not isinstance(value, Tensor)}
         tracer = _Tracer(readers, network)
         try:
@@ -83,9 +87,29 @@ class TracedNetwork:
             self.nodes_of.setdefault(layer, []).append(node)
         self.in_eval_mode = not any(module.training for module in network.modules())
         self._make_pure()
-        if self.in_eval_mode:
+        if fold and self.in_eval_mode:
             self._fold()
         self._drop_identities()
+
+    def call(self, node: fx.Node, value: Callable[[fx.Node], Any]) -> Any:
+        """Compute one node, not a placeholder, from the values of others."""
+        try:
+            return self._call(node, map_arg(node.args, value), map_arg(node.kwargs, value))
+        except torch.OutOfMemoryError:
+            raise
+        except TRACING_ERRORS as error:  # the network itself has run on this minibatch before
+            raise CannotReplayError(f"at {node.name}: {error}") from error
+
+    def _call(self, node: fx.Node, args: Any, kwargs: Any) -> Any:
+        if node.op == "call_module":
+            return self.layers[node](*args, **kwargs)
+        if node.op == "call_function":
+            return node.target(*args, **kwargs)  # type: ignore[operator]
+        if node.op == "call_method":
+            return getattr(args[0], node.target)(*args[1:], **kwargs)  # type: ignore[arg-type]
+        if node.op == "get_attr":
+            return operator.attrgetter(node.target)(self.module)  # type: ignore[arg-type]
+        return args[0]  # of the output
 
     def _make_pure(self) -> None:
         """Let no node overwrite another's value, so that values can be kept."""
@@ -169,6 +193,32 @@ def _after_norm(norm: _BatchNorm) -> nn.Module | None:
     if set(children) == {"drop", "act"}:
         return nn.Sequential(children["drop"], children["act"])
     return None
+
+
+def bound_inputs(network: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the values of the parameters of `forward` for these arguments, in order.
+
+    Raises:
+        CannotReplayError: It takes any number of arguments.
+    """
+    bound = inspect.signature(network.forward).bind(*args, **kwargs)
+    bound.apply_defaults()
+    kinds = {parameter.kind for parameter in bound.signature.parameters.values()}
+    if kinds & {inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD}:
+        raise CannotReplayError("forward() takes any number of arguments")
+    return dict(bound.arguments)
+
+
+def last_uses(nodes: Iterable[fx.Node]) -> dict[fx.Node, list[fx.Node]]:
+    """Return for each node which others are read there for the last time, when only these nodes are run."""
+    last: dict[fx.Node, fx.Node] = {}
+    for node in nodes:
+        for before in node.all_input_nodes:
+            last[before] = node
+    frees: dict[fx.Node, list[fx.Node]] = {}
+    for before, node in last.items():
+        frees.setdefault(node, []).append(before)
+    return frees
 
 
 def is_marked(layer: nn.Module) -> bool:

@@ -6,9 +6,8 @@ last `training_steps` optimizer steps before masks are due, and masks are made a
 whose goal of that interval is read then. So masks are final when the schedule ends, whatever `training_steps` is.
 
 Coupled layers share their masks, found through the dependency graph; normalisations and biases behind a masked layer
-are masked with it. The masked network then computes what the compact one computes, as long as what lies between a
-writer and its readers turns zero into zero, as ReLU, SiLU, GELU and Hardswish do. What is masked stays masked while
-the ratio does not fall.
+are masked with it, and where zero does not stay zero on the way to a reader (a sigmoid), that reader's inputs too. So
+the masked network computes what the compact one does. What is masked stays masked while the ratio does not fall.
 """
 
 from __future__ import annotations
@@ -31,14 +30,21 @@ from nni_plugin.adapters.torch_pruning.graph import find_groups
 from nni_plugin.compensation import fold_factors
 from nni_plugin.criteria.base import Criterion
 from nni_plugin.errors import ConfigError
-from nni_plugin.groups import ChannelGroup
+from nni_plugin.plan import GroupPlan, PruningPlan
 from nni_plugin.pruners.align import aligned_masks, check_aligned
 from nni_plugin.pruners.allocation import removed_channels
 from nni_plugin.pruners.config import check_config
 from nni_plugin.pruners.coupling import Coupled, couple, lone_groups
 from nni_plugin.pruners.evaluators import first_inputs
 from nni_plugin.pruners.run import Run, Schedule
-from nni_plugin.pruners.wrapping import Masks, group_masks, unwrapped, wrap_followers
+from nni_plugin.pruners.wrapping import (
+    Masks,
+    group_masks,
+    masked_members,
+    readers_that_see,
+    unwrapped,
+    wrap_followers,
+)
 
 
 class ChannelMaskPruner(Pruner):  # type: ignore[misc]
@@ -84,7 +90,7 @@ class ChannelMaskPruner(Pruner):  # type: ignore[misc]
         checked = check_config(model, config_list, PruningSetting.registry)
         check_aligned(model, checked.config_list)
         self._excluded = checked.excluded
-        self._traced = self._trace(model, evaluator, example_inputs)
+        self._inputs = self._example_inputs(model, evaluator, example_inputs)
         self._module_wrappers: dict[str, ModuleWrapper] = {}
         existed = existed_wrappers or {}
         self._others = {(name, target) for name, w in existed.items() for target in w.pruning_target_spaces}
@@ -115,18 +121,22 @@ class ChannelMaskPruner(Pruner):  # type: ignore[misc]
             if "weight" in spaces and is_active_target(spaces["weight"])
         }
         if not self._spaces:
+            taken = " that the compressor it was made from has not configured already" if self._others else ""
             raise ConfigError(
-                "config_list gives no layer a sparse_ratio or sparse_threshold for its weight. The model is unchanged."
+                f"config_list gives no layer a sparse_ratio or sparse_threshold for its weight{taken}. The model is "
+                "unchanged."
             )
-        groups = lone_groups(model, self._spaces) if self._traced is None else self._traced
+        groups = lone_groups(model, self._spaces) if self._inputs is None else find_groups(model, self._inputs)
         coupled, self.notes = couple(model, groups, self._spaces, self._excluded)
         for one in coupled:
             one.bloc(self._spaces)  # layers that disagree are found now, not after hours of training
         for note in self.notes:
             warnings.warn(note, stacklevel=6)
-        self._coupled, self._traced = coupled, None
+        self._coupled = coupled
         self._groups = [group for one in coupled for group in one.groups]
-        wrap_followers(model, self._module_wrappers, self._groups, self._target_spaces)
+        readers = set() if self._inputs is None else readers_that_see(model, self._groups, self._inputs)
+        self._masked = masked_members(self._groups, readers)
+        wrap_followers(model, self._module_wrappers, self._masked, self._target_spaces)
         there = [name for name, _ in model.named_modules(remove_duplicate=False)]  # masks in the network's order
         self._module_wrappers = {name: self._module_wrappers[name] for name in there if name in self._module_wrappers}
 
@@ -148,9 +158,8 @@ class ChannelMaskPruner(Pruner):  # type: ignore[misc]
                 "nni_plugin.pruners.LightningEvaluator (the arguments are the same) as evaluator."
             )
 
-    def _trace(self, model: nn.Module, evaluator: Any, example_inputs: Any) -> list[ChannelGroup] | None:
-        """Find the groups; None without anything to trace the network with."""
-        inputs = example_inputs
+    def _example_inputs(self, model: nn.Module, evaluator: Any, inputs: Any) -> Any:
+        """Return what to trace the network with; None if there is nothing."""
         if inputs is None and evaluator is not None:
             inputs = getattr(evaluator, "dummy_input", None)
             if inputs is None:
@@ -166,8 +175,7 @@ class ChannelMaskPruner(Pruner):  # type: ignore[misc]
             return None
         device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
         inputs = tuple(inputs) if isinstance(inputs, list) else inputs
-        inputs = tree_map(lambda value: value.to(device) if isinstance(value, Tensor) else value, inputs)
-        return find_groups(model, inputs)
+        return tree_map(lambda value: value.to(device) if isinstance(value, Tensor) else value, inputs)
 
     # -- NNI's steps from data to masks ------------------------------------------------------------------
 
@@ -193,7 +201,7 @@ class ChannelMaskPruner(Pruner):  # type: ignore[misc]
         blocs = [coupled.bloc(self._spaces) for coupled in self._coupled]
         scores = {name: of["score"] for name, of in metrics.items()}
         self._choice = removed_channels(blocs, scores, self._removed)
-        masks = group_masks(self._module_wrappers, self._groups, self._by_group(self._choice))
+        masks = group_masks(self._module_wrappers, self._masked, self._by_group(self._choice))
         masks = aligned_masks(masks, self._target_spaces)
         for module, targets in masks.items():  # what another compressor has masked stays masked
             for target, mask in targets.items():
@@ -222,6 +230,11 @@ class ChannelMaskPruner(Pruner):  # type: ignore[misc]
     def get_masks(self) -> dict[str, dict[str, Tensor | None]]:
         """Return a copy of all masks by module and target, as plain dicts that `torch.save` and `torch.load` take."""
         return {module: dict(targets) for module, targets in super().get_masks().items()}
+
+    def plan(self) -> PruningPlan:
+        """Return what the masks say as a plan; `plan.apply(model, example_inputs)` cuts the unwrapped network by it."""
+        kept = {name: (~gone).nonzero().flatten().tolist() for name, gone in self._by_group(self._removed).items()}
+        return PruningPlan(tuple(GroupPlan(g.name, g.width, tuple(kept[g.name])) for g in self._groups))
 
     # -- when it happens ---------------------------------------------------------------------------------
 

@@ -1,11 +1,10 @@
 """What a masked channel still says: the constant behind it, handed on to those who read it.
 
 A mask on a convolution makes its filter zero, and the normalisation behind it makes of zero `beta - gamma * mean /
-std`, the same at every pixel of every image. Whoever reads the channel adds that constant, weighted, to its own
-outputs; once the channel has left, the sum is missing. It can be given back exactly where the reader pads with
-nothing: in the reader's bias, or in the running mean of the batch normalisation right behind it. Where a reader pads
-with zeros, the constant is missing along the border as well, so the mean over the positions is given back, and the
-network differs from the masked one by what is left at the border.
+std`, whatever the image. Whoever reads the channel adds that constant, weighted, to its own outputs; once the channel
+has left, the sum is missing. It is given back in the reader's bias, or in the running mean of the batch normalisation
+right behind it. That is exact where no layer on the way pads with zeros; where one does, the constant is another along
+the border, a bias can hold its mean over the positions only, and the network differs from the masked one by the rest.
 
 Masks that also cover the normalisation (as those of this package do) leave no constant, and nothing changes here.
 """
@@ -19,12 +18,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.conv import _ConvNd
 
 from nni_plugin.groups import ChannelGroup
 from nni_plugin.plan import PruningPlan
 
-SPREAD = 1e-5
-"""Largest spread of a constant over inputs and positions, relative to the largest value that its reader sees."""
+ROUNDING = 100
+"""Largest spread of a constant over inputs, in units of the number format's precision times the largest value read."""
 
 
 class Constants:
@@ -40,7 +40,7 @@ class Constants:
         self.model = model
         kept = plan.kept()
         self._gone: dict[str, Tensor] = {}
-        self._norms: dict[nn.Module, _BatchNorm] = {}
+        self._norms: dict[nn.Module, list[tuple[_BatchNorm, Tensor]]] = {}
         for group in groups:
             self._norms.update(_norms_behind(group))
             out = torch.ones(group.width, dtype=torch.bool)
@@ -68,8 +68,8 @@ class Constants:
     def _note(self, path: str, index: Tensor) -> Any:
         def hook(layer: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
             values = (*args, *kwargs.values())[0].detach()
-            channels = values.movedim(_channel_dim(layer), 0)[index.to(values.device)].flatten(1)
-            seen = _Seen(channels.amin(1), channels.amax(1), values.abs().max(), torch.zeros_like(values[:1]))
+            maps = values.movedim(_channel_dim(layer), 0)[index.to(values.device)]
+            seen = _Seen(maps.amin(1), maps.amax(1), values.abs().max(), torch.zeros_like(values[:1]))
             self._seen[path] = seen.joined(self._seen[path]) if path in self._seen else seen
 
         return hook
@@ -83,29 +83,39 @@ class Constants:
         """
         short: dict[str, str] = {}
         for path, seen in self._seen.items():
-            steady = seen.high - seen.low <= SPREAD * seen.largest
+            layer = self.model.get_submodule(path)
+            spread = ROUNDING * torch.finfo(seen.zeros.dtype).eps
+            steady = (seen.high - seen.low).reshape(len(seen.low), -1).amax(1) <= spread * seen.largest
             if not bool(steady.all()):
                 short[path] = f"{int((~steady).sum())} masked channels that it reads are not constant"
-            constant = torch.where(steady, (seen.low + seen.high) / 2, torch.zeros_like(seen.low))
-            if not bool(constant.any()):
-                continue
-            layer = self.model.get_submodule(path)
-            parts = _contribution(layer, seen.zeros, self._gone[path], constant)
+            index, maps = self._gone[path][steady.cpu()], ((seen.low + seen.high) / 2)[steady]
+            parts = _contribution(layer, seen.zeros, index, maps)
             share = parts.mean(1)
-            if float((parts - share[:, None]).abs().max()) > SPREAD * float(parts.abs().max()):
-                short.setdefault(path, "it pads with zeros, so the constants are right on average only")
-            bias, norm = getattr(layer, "bias", None), self._norms.get(layer)
+            if not bool(share.any()):
+                continue
+            if float((parts - share[:, None]).abs().max()) > spread * float(parts.abs().max()):
+                short.setdefault(path, "constants that it reads differ along the border, and are right on average only")
+            bias, norms = getattr(layer, "bias", None), self._norms.get(layer, [])
             if isinstance(bias, nn.Parameter):
                 bias.add_(share.to(bias))
-            elif norm is not None and norm.running_mean is not None:
-                norm.running_mean.sub_(share.to(norm.running_mean))
-            elif bool(share.any()):
-                short[path] = "it has no bias, nor a batch normalisation right behind it, to hold the constants"
+            elif norms:
+                for norm, places in norms:
+                    assert norm.running_mean is not None
+                    norm.running_mean[places] -= share.to(norm.running_mean)
+            else:
+                short[path] = "it has no bias, nor batch normalisations right behind it, to hold the constants"
         return short
 
 
 class _Seen(NamedTuple):
-    """What a reader got: least and largest value of each channel that goes, the largest of all, an empty input."""
+    """What a reader got on the channels that go: the least and the largest at each position, `[channels, ...]`.
+
+    Args:
+        low: The least over all samples.
+        high: The largest.
+        largest: The largest absolute value of all channels.
+        zeros: An empty input for one sample.
+    """
 
     low: Tensor
     high: Tensor
@@ -113,32 +123,74 @@ class _Seen(NamedTuple):
     zeros: Tensor
 
     def joined(self, other: _Seen) -> _Seen:
-        """Take in what it got another time."""
+        """Take in what it got another time; maps of different sizes are no constants."""
+        largest = torch.maximum(self.largest, other.largest)
+        if self.low.shape != other.low.shape:
+            return self._replace(high=torch.full_like(self.high, torch.inf), largest=largest)
         low, high = torch.minimum(self.low, other.low), torch.maximum(self.high, other.high)
-        return _Seen(low, high, torch.maximum(self.largest, other.largest), self.zeros)
+        return _Seen(low, high, largest, self.zeros)
 
 
 def _channel_dim(layer: nn.Module) -> int:
     return -1 if isinstance(layer, nn.Linear) else 1
 
 
-def _contribution(layer: nn.Module, zeros: Tensor, index: Tensor, constant: Tensor) -> Tensor:
-    """Return what constants on some input channels add to each output, `[outputs, positions]`."""
+def _contribution(layer: nn.Module, zeros: Tensor, index: Tensor, maps: Tensor) -> Tensor:
+    """Return what constant maps on some input channels add to each output, `[outputs, positions]`."""
     dim = _channel_dim(layer)
     filled = zeros.clone()
-    filled.movedim(dim, 0)[index.to(zeros.device)] = constant.reshape(-1, *[1] * (zeros.dim() - 1))
+    filled.movedim(dim, 0)[index.to(zeros.device)] = maps[:, None]
     both = layer.forward(torch.cat([filled, zeros]))
     return (both[:1] - both[1:]).movedim(dim, 0).flatten(1)
 
 
-def _norms_behind(group: ChannelGroup) -> dict[nn.Module, _BatchNorm]:
-    """Return, for layers of a group that write, the batch normalisation that reads their output and nothing else."""
-    found: dict[nn.Module, _BatchNorm] = {}
-    for item in group.host:
-        node = item.dep.target
-        if item.dep.handler.__name__ == "prune_in_channels" or len(node.outputs) != 1:
+def _norms_behind(group: ChannelGroup) -> dict[nn.Module, list[tuple[_BatchNorm, Tensor]]]:
+    """Return the batch normalisations behind each layer that writes a group, where nobody else reads it.
+
+    A sum or a concatenation on the way hands the layer's outputs on as they are.
+
+    Returns:
+        By layer, the normalisations, each with its own position of every output channel of the layer.
+    """
+    names = group.host._DG._module2name
+    outs = [member for member in group.members if member.axis == "out"]
+    found: dict[nn.Module, list[tuple[_BatchNorm, Tensor]]] = {}
+    for node in {item.dep.target for item in group.host if item.dep.handler.__name__ != "prune_in_channels"}:
+        layer = node.module
+        if not isinstance(layer, (_ConvNd, nn.Linear)):
             continue
-        (behind,) = node.outputs
-        if isinstance(behind.module, _BatchNorm) and len(behind.inputs) == 1 and isinstance(node.module, nn.Module):
-            found[node.module] = behind.module
+        (writer, *more) = [member for member in outs if member.path == names[layer]]
+        width = layer.out_channels if isinstance(layer, _ConvNd) else layer.out_features
+        if more or not torch.equal(writer.index, torch.arange(width)):
+            continue  # its channels are in several groups
+        norms = []
+        for norm in _ends(node):
+            place = torch.full((group.width,), -1)
+            for member in outs:
+                if member.path == names[norm]:
+                    place[member.channel] = member.index
+            norms.append((norm, place[writer.channel]))
+        if all(bool((places >= 0).all()) for _, places in norms):
+            found[layer] = norms
     return found
+
+
+def _ends(node: Any) -> list[_BatchNorm]:
+    """Follow a layer's output through sums and concatenations; empty where it ends in more than normalisations."""
+    norms: list[_BatchNorm] = []
+    queue, seen = list(node.outputs), set()
+    while queue:
+        current = queue.pop()
+        if current in seen:
+            continue
+        seen.add(current)
+        module = current.module
+        if isinstance(module, _BatchNorm) and module.running_mean is not None and len(current.inputs) == 1:
+            norms.append(module)
+        elif current.outputs and (
+            type(module).__name__ == "_ConcatOp" or "AddBackward" in str(getattr(module, "_grad_fn", ""))
+        ):
+            queue += current.outputs
+        else:
+            return []
+    return norms

@@ -237,6 +237,29 @@ def _patch_step(optimizer: Optimizer, before: Sequence[Task], after: Sequence[Ta
     optimizer.__dict__["step"] = types.MethodType(patched, optimizer)
 
 
+def untrained(evaluator: Any, model: nn.Module) -> list[nn.Parameter]:
+    """Return the parameters of a network that no optimizer of a bound evaluator holds, as far as it shows them.
+
+    Nobody clears their gradients after a step. NNI leaves such parameters behind where an evaluator was made before
+    another compressor wrapped the network.
+
+    Raises:
+        ConfigError: No optimizer holds any parameter of the network.
+    """
+    optimizers = getattr(evaluator, "_optimizers", None)
+    if not optimizers:
+        return []
+    held = {id(parameter) for optimizer in optimizers for group in optimizer.param_groups for parameter in group["params"]}
+    parameters = list(model.parameters())
+    left = [parameter for parameter in parameters if id(parameter) not in held]
+    if len(left) == len(parameters):
+        raise ConfigError(
+            f"evaluator: optimizers hold no parameter of this {type(model).__name__}; make them with its own "
+            "model.parameters(), before any compressor wraps it."
+        )
+    return left
+
+
 def training_loss(evaluator: Any) -> Callable[[nn.Module, Any], Tensor]:
     """Return an evaluator's loss as a function of any network and a minibatch.
 

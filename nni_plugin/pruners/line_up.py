@@ -133,14 +133,13 @@ def note_orders(model: nn.Module, plan: PruningPlan, orders: Iterable[Order]) ->
             folded = _folded(model, member)
             for piece in member.slices:
                 noted = CUTS.get(tensor_of(model, piece.tensor), [])
-                if not noted or noted[-1].digest != plan.digest:
+                if not noted or noted[-1].digest != plan.digest or not noted[-1].shape:
                     continue
                 last = noted[-1]
                 if piece.tensor == folded:
                     noted[-1] = replace(last, shape=())
                 elif piece.dim in last.keep:
-                    size = last.shape[piece.dim] if last.shape else int(last.keep[piece.dim].max()) + 1
-                    change = _change(piece, order, size)
+                    change = _change(piece, order, last.shape[piece.dim])
                     noted[-1] = replace(last, keep={**last.keep, piece.dim: change[last.keep[piece.dim]]})
 
 

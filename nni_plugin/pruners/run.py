@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from nni_plugin.criteria.base import Criterion
 from nni_plugin.errors import CriterionError
 from nni_plugin.groups import ChannelGroup
-from nni_plugin.pruners.evaluators import training_loss
+from nni_plugin.pruners.evaluators import training_loss, untrained
 from nni_plugin.pruners.wrapping import unwrapped
 
 
@@ -63,6 +63,7 @@ class Run:
         self.step, self.steps, self.times = 0, 0, 0
         self._collecting = ExitStack()
         self._open = False
+        self._strays: list[nn.Parameter] = []
         self._on_loss = criterion.needs_graph or criterion.needs_batch
 
     def attach(self, evaluator: Any) -> None:
@@ -70,6 +71,7 @@ class Run:
         self.criterion.reset()
         if self.criterion.needs_batch and self.criterion.loss_fn is None:
             self.criterion.loss_fn = training_loss(evaluator)
+        self._strays = untrained(evaluator, self.model)
         if self._on_loss:
             evaluator.patch_loss(self._at_loss)
         evaluator.patch_optimizer_step([self._before_step], [self._after_step])
@@ -98,6 +100,8 @@ class Run:
 
     def _after_step(self) -> None:
         self.steps += 1
+        for parameter in self._strays:  # or gradients of several steps add up
+            parameter.grad = None
         if self.times >= self.schedule.times:
             return
         self.step += 1

@@ -8,8 +8,8 @@ gradients, optimizers and the graph of a loss stay what they are (NNI's own `unw
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -17,8 +17,11 @@ from nni.compression.base.target_space import PruningTargetSpace, TargetType
 from nni.compression.base.wrapper import ModuleWrapper
 from torch import Tensor, nn
 
+from nni_plugin.cost import call
+from nni_plugin.criteria.masked_loop import channel_dim
 from nni_plugin.groups import ChannelGroup, Member, Slice
 from nni_plugin.masks import removed_positions
+from nni_plugin.tensors import tensor_of
 
 _WRAPPER = "_nni_wrapper"
 _MASKED = ("dense", "depthwise", "norm", "embedding")
@@ -64,58 +67,115 @@ def _parameter_spaces(wrapper: Any) -> Iterator[tuple[str, Any]]:
             yield name, space
 
 
+def masked_members(groups: Iterable[ChannelGroup], readers: Collection[str] = ()) -> list[tuple[ChannelGroup, Member]]:
+    """Return the members of groups that are masked with them: all that write or carry a channel, and given readers."""
+    return [
+        (group, member)
+        for group in groups
+        for member in group.members
+        if (member.kind in _MASKED if member.axis == "out" else member.path in readers)
+    ]
+
+
 def wrap_followers(
-    model: nn.Module, wrappers: dict[str, ModuleWrapper], groups: Iterable[ChannelGroup], chosen: Mapping[str, Any]
+    model: nn.Module,
+    wrappers: dict[str, ModuleWrapper],
+    members: Iterable[tuple[ChannelGroup, Member]],
+    chosen: Collection[str],
 ) -> None:
-    """Give every layer that writes or carries channels of some groups a wrapper, so that it can be masked with them.
+    """Give every layer that is masked with a group a wrapper.
 
     Args:
         model: The network, unwrapped.
         wrappers: By module; those missing are added, not yet wrapped.
-        groups: The groups.
+        members: What is masked, with its group.
         chosen: Modules whose targets the config_list chose; these are left as they are.
     """
-    for path, target, _ in (found for group in groups for found in _masked_slices(group)):
-        if path in chosen:
+    for _, member in members:
+        if member.path in chosen:
             continue
-        if path not in wrappers:
-            wrappers[path] = ModuleWrapper(model.get_submodule(path), path, None, [])
-        wrapper = wrappers[path]
-        if target not in wrapper.pruning_target_spaces:
-            setting = {"apply_method": "mul"}
-            space = PruningTargetSpace(wrapper, target, TargetType.PARAMETER, setting)
-            wrapper.pruning_target_spaces[target] = space
+        if member.path not in wrappers:
+            wrappers[member.path] = ModuleWrapper(model.get_submodule(member.path), member.path, None, [])
+        wrapper = wrappers[member.path]
+        for target in (piece.tensor.rpartition(".")[2] for piece in _targets(member)):
+            if target not in wrapper.pruning_target_spaces:
+                space = PruningTargetSpace(wrapper, target, TargetType.PARAMETER, {"apply_method": "mul"})
+                wrapper.pruning_target_spaces[target] = space
 
 
 def group_masks(
-    wrappers: Mapping[str, ModuleWrapper], groups: Iterable[ChannelGroup], removed: Mapping[str, Tensor]
+    wrappers: Mapping[str, ModuleWrapper],
+    members: Sequence[tuple[ChannelGroup, Member]],
+    removed: Mapping[str, Tensor],
 ) -> Masks:
     """Return the masks under which removed channels give zero, biases and normalisations included.
 
     Args:
         wrappers: By module.
-        groups: All groups to mask.
+        members: What is masked, with its group.
         removed: By group name, bool, shape `[width]`.
     """
     masks: Masks = {}
-    for group in groups:
-        for path, target, piece in _masked_slices(group):
-            space = wrappers[path].pruning_target_spaces.get(target)
+    for group, member in members:
+        for piece in _targets(member):
+            target = piece.tensor.rpartition(".")[2]
+            space = wrappers[member.path].pruning_target_spaces.get(target)
             if space is None or space.target is None:
                 continue
-            mask = masks.setdefault(path, {}).setdefault(target, torch.ones_like(space.target).detach())
+            whole = torch.ones_like(space.target).detach()
+            mask = masks.setdefault(member.path, {}).setdefault(target, whole)
             mask.index_fill_(piece.dim, removed_positions(piece, removed[group.name]).to(mask.device), 0)
     return masks
 
 
+@torch.no_grad()
+def readers_that_see(model: nn.Module, groups: Sequence[ChannelGroup], example_inputs: Any) -> set[str]:
+    """Return the layers that still read something where all channels are masked.
+
+    That is so behind a sigmoid, or where a position embedding is added. Their inputs have to be masked as well.
+
+    Args:
+        model: The network, unwrapped; left as it was.
+        groups: The groups that are masked.
+        example_inputs: As for `find_groups`.
+    """
+    seeing: set[str] = set()
+    tensors = {
+        piece.tensor: tensor_of(model, piece.tensor)
+        for _, member in masked_members(groups)
+        for piece in _targets(member)
+    }
+    values = {name: tensor.clone() for name, tensor in tensors.items()}
+    modes = {module: module.training for module in model.modules()}
+
+    def watch(member: Member) -> Any:
+        def hook(layer: nn.Module, args: tuple[Any, ...]) -> None:
+            x = args[0]
+            if bool(x.index_select(channel_dim(layer, x), member.index.to(x.device)).any()):
+                seeing.add(member.path)
+
+        return model.get_submodule(member.path).register_forward_pre_hook(hook)
+
+    with ExitStack() as stack:
+        for reader in (member for group in groups for member in group.readers):
+            stack.callback(watch(reader).remove)
+        try:
+            model.eval()
+            for tensor in tensors.values():
+                tensor.zero_()
+            call(model, example_inputs)
+        finally:
+            for name, tensor in tensors.items():
+                tensor.copy_(values[name])
+            for module, training in modes.items():
+                module.training = training
+    return seeing
+
+
 def followers(group: ChannelGroup) -> Iterator[Member]:
     """Yield the members of a group whose output holds its channels and is masked."""
-    return (member for member in group.members if member.axis == "out" and member.kind in _MASKED)
+    return (member for _, member in masked_members([group]))
 
 
-def _masked_slices(group: ChannelGroup) -> Iterator[tuple[str, str, Slice]]:
-    for member in followers(group):
-        for piece in member.slices:
-            target = piece.tensor.rpartition(".")[2]
-            if not target.startswith("running_"):
-                yield member.path, target, piece
+def _targets(member: Member) -> list[Slice]:
+    return [piece for piece in member.slices if not piece.tensor.rpartition(".")[2].startswith("running_")]

@@ -28,7 +28,7 @@ OF_TIMM = {
     "--model", "--pretrained", "--model-kwargs", "--dataset", "--data-dir", "--num-classes", "--in-chans", "--img-size",
     "--batch-size", "--workers", "--opt", "--momentum", "--weight-decay", "--clip-grad", "--sched", "--lr", "--epochs",
     "--warmup-epochs", "--smoothing", "--mixup", "--model-ema", "--model-ema-decay", "--amp", "--amp-dtype",
-    "--seed", "--output",
+    "--channels-last", "--seed", "--output",
 }  # fmt: skip
 
 

@@ -25,8 +25,9 @@ FAST: dict[str, Any] = {"lr": 0.02, "weight_decay": 0.0}
         {"opt": "adamw", "lr": 3e-3, "smoothing": 0.1},
         {"mixup": 0.2, "model_ema": True, "model_ema_decay": 0.9},
         {"amp": "bf16", "warmup_epochs": 1, "clip_grad": 1.0},
+        {"channels_last": True},
     ],
-    ids=["sgd", "adamw-smoothing", "mixup-ema", "bf16-warmup-clip"],
+    ids=["sgd", "adamw-smoothing", "mixup-ema", "bf16-warmup-clip", "channels-last"],
 )
 def test_learns_planted_classes(settings: dict[str, Any]) -> None:
     model = tiny()
