@@ -21,7 +21,8 @@ from typing import Literal
 from torch import Tensor, nn
 
 from nni_plugin.criteria.base import Criterion
-from nni_plugin.criteria.gate_criterion import GateCriterion, Gates, Sums
+from nni_plugin.criteria.gate_criterion import GateCriterion, Sums
+from nni_plugin.criteria.gate_reader import Gates
 from nni_plugin.errors import CriterionError
 from nni_plugin.groups import ChannelGroup
 

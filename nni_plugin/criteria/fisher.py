@@ -16,7 +16,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from nni_plugin.criteria.gate_criterion import GateCriterion, Gates, Sums
+from nni_plugin.criteria.gate_criterion import GateCriterion, Sums
+from nni_plugin.criteria.gate_reader import Gates
 
 
 class TaylorFG(GateCriterion):

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from nni_plugin.criteria import quadratic
 from nni_plugin.criteria.base import Conclusion, Criterion
-from nni_plugin.criteria.gate_criterion import GateCriterion, Gates, Sums
+from nni_plugin.criteria.gate_reader import GateReader, Gates
 from nni_plugin.errors import CriterionError
 from nni_plugin.groups import ChannelGroup
 from nni_plugin.tensors import tensor_of
@@ -34,11 +34,11 @@ DAMPINGS = (0.01, 0.03, 0.1, 0.3, 1.0)
 """What `damping="auto"` chooses from."""
 
 
-class OBS(GateCriterion):
+class OBS(GateReader):
     """Selection with compensation over all groups together; as a plain criterion its score is the order of removal.
 
     Args:
-        gates: Where the gate lies, see :class:`GateCriterion`. Only gates on layers that write the channel can
+        gates: Where the gate lies, see :class:`GateReader`. Only gates on layers that write the channel can
             compensate; the others can be removed.
         damping: Added to the diagonal of the Fisher matrix, in units of its mean; `"auto"`: for compensation, the
             one of `DAMPINGS` under which the held-out fifth of the samples loses least.
@@ -73,7 +73,7 @@ class OBS(GateCriterion):
 
     @contextmanager
     def collect(self, model: nn.Module, groups: Sequence[ChannelGroup] = ()) -> Iterator[Criterion]:
-        """Watch a network while minibatches run, see :meth:`GateCriterion.collect`; the groups must be given."""
+        """Watch a network while minibatches run, see :meth:`GateReader.collect`; the groups must be given."""
         with super().collect(model, groups):
             assert self._model is not None
             can = [torch.full((group.width,), self._can_compensate(self._model, group)) for group in groups]
@@ -185,12 +185,6 @@ class OBS(GateCriterion):
             torch.distributed.all_gather_object(everyone, mine)
             self._gradients, self._position = list(everyone), None
             self.samples = sum(len(rows) for rows in everyone)
-
-    def _statistics(self, joint: Tensor) -> Sums:
-        raise NotImplementedError("OBS keeps rows, not sums.")
-
-    def _scores(self, mean: Sums) -> Tensor:
-        raise NotImplementedError("OBS orders all groups together.")
 
 
 def _is_number(value: object) -> bool:

@@ -32,7 +32,8 @@ import torch
 from torch import Tensor, nn
 
 from nni_plugin.criteria.first_order import no_gradient, parameters_of, per_channel
-from nni_plugin.criteria.gate_criterion import GateCriterion, Gates, Sums
+from nni_plugin.criteria.gate_criterion import GateCriterion, Sums
+from nni_plugin.criteria.gate_reader import Gates
 from nni_plugin.criteria.gates import GateLayout, accumulable
 from nni_plugin.errors import CriterionError
 

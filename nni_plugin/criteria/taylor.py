@@ -15,7 +15,8 @@ from typing import Literal
 from torch import Tensor, nn
 
 from nni_plugin.criteria.first_order import member_gates
-from nni_plugin.criteria.gate_criterion import GateCriterion, Gates, Sums
+from nni_plugin.criteria.gate_criterion import GateCriterion, Sums
+from nni_plugin.criteria.gate_reader import Gates
 from nni_plugin.criteria.gates import accumulable
 from nni_plugin.errors import CriterionError
 from nni_plugin.groups import Member

@@ -111,19 +111,36 @@ def removed_channels(
     blocs = sorted(blocs, key=lambda bloc: bloc.name)
     queues = {bloc.name: _queue(bloc, scores[bloc.name], (gone or {}).get(bloc.name)) for bloc in blocs}
     counts: dict[str, int] = {}
-    pools: dict[str, list[Bloc]] = defaultdict(list)
     for bloc in blocs:
         queue = queues[bloc.name]
         if bloc.limits.threshold is not None:
             below = int((queue.scores < bloc.limits.threshold).sum())
             counts[bloc.name] = min(max(below, queue.least), queue.most)
-        elif bloc.pool is not None:
-            pools[bloc.pool].append(bloc)
-        else:
+        elif bloc.pool is None:
             counts[bloc.name] = queue.within(_share(bloc.limits.ratio or 0.0, bloc.width))
-    for name, pool in sorted(pools.items()):
-        counts |= _pooled(name, pool, queues)
+    for pool in pools_of(blocs).values():
+        counts |= _pooled(pool, queues)
     return {bloc.name: _mark(bloc, queues[bloc.name].units[: counts[bloc.name]]) for bloc in blocs}
+
+
+def pools_of(blocs: Iterable[Bloc]) -> dict[str, list[Bloc]]:
+    """Return the blocs of each pool; a bloc with a threshold goes by that.
+
+    Raises:
+        ConfigError: Blocs of one pool do not share one ratio.
+    """
+    pools: dict[str, list[Bloc]] = defaultdict(list)
+    for bloc in blocs:
+        if bloc.pool is not None and bloc.limits.threshold is None:
+            pools[bloc.pool].append(bloc)
+    for name, pool in pools.items():
+        ratios = {bloc.limits.ratio or 0.0 for bloc in pool}
+        if len(ratios) > 1:
+            raise ConfigError(
+                f"global_group_id {name} is one pool with one sparse_ratio, got {sorted(ratios)}. Give its layers the "
+                "same sparse_ratio, or different ids. The model is unchanged."
+            )
+    return pools
 
 
 def pool_ratio(blocs: Sequence[Bloc], removed: Mapping[str, Tensor]) -> float:
@@ -145,15 +162,9 @@ def _queue(bloc: Bloc, scores: Tensor, gone: Tensor | None) -> _Queue:
     return _Queue(order, score[order], channels, weights, least, most)
 
 
-def _pooled(name: str, blocs: Sequence[Bloc], queues: Mapping[str, _Queue]) -> dict[str, int]:
+def _pooled(blocs: Sequence[Bloc], queues: Mapping[str, _Queue]) -> dict[str, int]:
     """Return how many units of each bloc of a pool go: the lowest of all, up to the pool's share of weights."""
-    ratios = {bloc.limits.ratio for bloc in blocs if bloc.limits.ratio is not None}
-    if len(ratios) > 1:
-        raise ConfigError(
-            f"global_group_id {name!r} is one pool with one sparse_ratio, got {sorted(ratios)}. Give its layers the "
-            "same sparse_ratio, or different ids. The model is unchanged."
-        )
-    ratio = ratios.pop() if ratios else 0.0
+    ratio = blocs[0].limits.ratio or 0.0
     counts = {bloc.name: queues[bloc.name].least for bloc in blocs}
     total = sum(float(bloc.weights.sum()) for bloc in blocs)
     left = total * ratio - sum(float(queues[n].weights[:count].sum()) for n, count in counts.items())

@@ -32,7 +32,7 @@ from nni_plugin.criteria.base import Criterion
 from nni_plugin.errors import ConfigError
 from nni_plugin.plan import GroupPlan, PruningPlan
 from nni_plugin.pruners.align import aligned_masks, check_aligned
-from nni_plugin.pruners.allocation import removed_channels
+from nni_plugin.pruners.allocation import pools_of, removed_channels
 from nni_plugin.pruners.config import check_config
 from nni_plugin.pruners.coupling import Coupled, couple, lone_groups
 from nni_plugin.pruners.evaluators import first_inputs
@@ -128,8 +128,7 @@ class ChannelMaskPruner(Pruner):  # type: ignore[misc]
             )
         groups = lone_groups(model, self._spaces) if self._inputs is None else find_groups(model, self._inputs)
         coupled, self.notes = couple(model, groups, self._spaces, self._excluded)
-        for one in coupled:
-            one.bloc(self._spaces)  # layers that disagree are found now, not after hours of training
+        pools_of([one.bloc(self._spaces) for one in coupled])  # who disagrees is found now, not after hours
         for note in self.notes:
             warnings.warn(note, stacklevel=6)
         self._coupled = coupled

@@ -22,9 +22,13 @@ from torch.nn.modules.conv import _ConvNd
 
 from nni_plugin.groups import ChannelGroup
 from nni_plugin.plan import PruningPlan
+from nni_plugin.pruners.masks import used_channels
 
 ROUNDING = 100
 """Largest spread of a constant over inputs, in units of the number format's precision times the largest value read."""
+
+PASSING = ("AddBackward", "BatchNormBackward")
+"""Operators on the way to a normalisation: sums, and what is inside a normalisation that ends in an activation."""
 
 
 class Constants:
@@ -47,7 +51,11 @@ class Constants:
             out[list(kept.get(group.name, range(group.width)))] = False
             for member in group.readers:
                 index = member.index[out[member.channel]]
-                if member.kind == "dense" and len(index):
+                layer = model.get_submodule(member.path)
+                if member.kind != "dense" or not isinstance(layer.weight, Tensor):
+                    continue
+                index = index[used_channels(layer, layer.weight.detach().cpu() != 0, "in")[index]]
+                if len(index):
                     earlier = self._gone.get(member.path, index[:0])
                     self._gone[member.path] = torch.unique(torch.cat([earlier, index]))
         self._seen: dict[str, _Seen] = {}
@@ -91,7 +99,7 @@ class Constants:
             index, maps = self._gone[path][steady.cpu()], ((seen.low + seen.high) / 2)[steady]
             parts = _contribution(layer, seen.zeros, index, maps)
             share = parts.mean(1)
-            if not bool(share.any()):
+            if not bool(parts.any()):
                 continue
             if float((parts - share[:, None]).abs().max()) > spread * float(parts.abs().max()):
                 short.setdefault(path, "constants that it reads differ along the border, and are right on average only")
@@ -140,7 +148,7 @@ def _contribution(layer: nn.Module, zeros: Tensor, index: Tensor, maps: Tensor) 
     dim = _channel_dim(layer)
     filled = zeros.clone()
     filled.movedim(dim, 0)[index.to(zeros.device)] = maps[:, None]
-    both = layer.forward(torch.cat([filled, zeros]))
+    both: Tensor = layer.forward(torch.cat([filled, zeros]))
     return (both[:1] - both[1:]).movedim(dim, 0).flatten(1)
 
 
@@ -188,7 +196,8 @@ def _ends(node: Any) -> list[_BatchNorm]:
         if isinstance(module, _BatchNorm) and module.running_mean is not None and len(current.inputs) == 1:
             norms.append(module)
         elif current.outputs and (
-            type(module).__name__ == "_ConcatOp" or "AddBackward" in str(getattr(module, "_grad_fn", ""))
+            type(module).__name__ == "_ConcatOp"
+            or any(name in str(getattr(module, "_grad_fn", "")) for name in PASSING)
         ):
             queue += current.outputs
         else:

@@ -90,7 +90,7 @@ def _choose(
 ) -> tuple[Tensor, str]:
     """Return the channels that leave, and why those that were asked for and do not leave stay."""
     if group.fixed is not None:
-        return torch.zeros_like(asked), f"must stay whole: {group.fixed}"
+        return torch.zeros_like(asked), f"it must stay whole: {group.fixed}"
     dead = asked & ~alive
     gone = dead & ~torch.isin(group.unit, group.unit[~dead])
     reasons = []

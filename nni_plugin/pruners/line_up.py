@@ -82,7 +82,7 @@ def _blocks(model: nn.Module, group: ChannelGroup) -> Tensor | None:
         if member.ties is None:
             continue
         layer = model.get_submodule(member.path)
-        number = getattr(layer, "groups", None) or getattr(layer, "num_groups", 1)
+        number = layer.groups if isinstance(layer, _ConvNd) else int(getattr(layer, "num_groups", 1))
         # Only where the layer holds just these channels, in their order, does a place in a block mean the same to all.
         in_order = torch.arange(group.width)
         if not torch.equal(member.channel, in_order) or not torch.equal(member.index, in_order):

@@ -43,7 +43,7 @@ class SpeedupReport:
     Args:
         groups: A verdict for each coupled group that a mask asks channels of.
         max_abs: Largest absolute difference between outputs of the masked and of the compact network, on the dummy
-            input and on random numbers in its place.
+            input and on its values in another order.
         max_rel: The same over the largest absolute output of the masked network.
         inexact: By path of a layer, why it does not give exactly what it gave under the masks.
         zeros_left: Masked weights that are still in the network, as zeros.
@@ -66,9 +66,11 @@ class SpeedupReport:
         lines = [
             f"{removed} of {asked} masked coupled channels removed; {self.zeros_left} masked weights stay as zeros"
         ]
-        lines += [f"{v.name}: {v.removed} of {v.asked} removed, the others {v.reason}" for v in self.left]
+        lines += [f"{v.name!r}: {v.removed} of {v.asked} removed; {v.reason}" for v in self.left]
         lines.append(f"masked against compact: {self.max_abs:.3g} absolute, {self.max_rel:.3g} relative")
-        lines += [f"{path}: {why}" for path, why in self.inexact.items()]
+        for why in dict.fromkeys(self.inexact.values()):
+            first, *more = [path for path, reason in self.inexact.items() if reason == why]
+            lines.append(f"{first!r}{f' and {len(more)} more' if more else ''}: {why}")
         return "\n".join(lines)
 
 
@@ -162,6 +164,7 @@ class ModelSpeedup:
             expected = self._outputs()
             orders = self._line_up(groups, expected)
             plan, verdicts, groups = self._plan(groups)
+            plan = replace(plan, cost_before=before)
             constants = Constants(model, plan, groups)
             with constants.listening():
                 self._outputs()
@@ -173,8 +176,10 @@ class ModelSpeedup:
         for path in (path for verdict in verdicts for path in verdict.renormalised):
             inexact[path] = "it normalises over channels, of which some have left"
         after = count(model, inputs)
-        self.plan = replace(plan, cost_before=before, cost_after=after)
-        model.pruning_plan = replace(model.pruning_plan, cost_before=before, cost_after=after)  # type: ignore
+        applied = model.pruning_plan
+        assert isinstance(applied, PruningPlan)
+        model.pruning_plan = replace(applied, cost_after=after)
+        self.plan = replace(plan, cost_after=after)
         self.report = SpeedupReport(verdicts, difference, relative, inexact, zeros_left)
         self.logger.info("%s; %s -> %s", self.report, before, after)
         if self.report.left or not relative <= TOLERANCE:
@@ -210,12 +215,12 @@ class ModelSpeedup:
 
     @torch.no_grad()
     def _outputs(self) -> list[Tensor]:
-        """Run the network in eval mode on the dummy input and on random numbers in its place."""
+        """Run the network in eval mode on the dummy input, and on the same values in another order."""
         modes = {module: module.training for module in self.model.modules()}
         generator = torch.Generator().manual_seed(0)
         try:
             self.model.eval()
-            outputs = [call(self.model, x) for x in (self.dummy_input, _random_like(self.dummy_input, generator))]
+            outputs = [call(self.model, x) for x in (self.dummy_input, _shuffled(self.dummy_input, generator))]
         finally:
             for module, training in modes.items():
                 module.training = training
@@ -238,16 +243,19 @@ def _distance(expected: list[Tensor], got: list[Tensor]) -> tuple[float, float]:
     return difference, difference / largest if largest else difference
 
 
-def _random_like(value: Any, generator: torch.Generator) -> Any:
-    """Copy nested inputs with random numbers in place of floating-point ones."""
+def _shuffled(value: Any, generator: torch.Generator) -> Any:
+    """Copy nested inputs, the values of each floating-point tensor in another order: within what the network expects."""
     if isinstance(value, Tensor):
-        if not value.is_floating_point():
+        if not value.is_floating_point() or value.numel() == 0:
             return value
-        return torch.randn(value.shape, generator=generator).to(value)
+        if bool((value == value.flatten()[0]).all()):  # zeros or ones, as dummies often are
+            return torch.rand(value.shape, generator=generator).to(value)
+        order = torch.randperm(value.numel(), generator=generator)
+        return value.detach().flatten()[order.to(value.device)].reshape(value.shape)
     if isinstance(value, Mapping):
-        return {key: _random_like(item, generator) for key, item in value.items()}
+        return {key: _shuffled(item, generator) for key, item in value.items()}
     if isinstance(value, (tuple, list)):
-        return tuple(_random_like(item, generator) for item in value)
+        return tuple(_shuffled(item, generator) for item in value)
     return value
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from nni_plugin import Channels, PruningPlan, plan_channels
 from nni_plugin.adapters.torch_pruning import find_groups
 from nni_plugin.criteria import Criterion
-from nni_plugin.criteria.gate_criterion import GateCriterion
+from nni_plugin.criteria.gate_reader import GateReader
 from nni_plugin.errors import CriterionError
 from nni_plugin.methods import METHODS, create_criterion, known_methods
 from nni_plugin.planner import score_groups
@@ -200,7 +200,7 @@ def bare() -> nn.Module:
     return randomise(nn.Sequential(*layers, nn.Linear(6, 3))).train()
 
 
-@pytest.mark.parametrize("method", [name for name in METHODS if issubclass(type(METHODS[name]()), GateCriterion)])
+@pytest.mark.parametrize("method", [name for name in METHODS if issubclass(type(METHODS[name]()), GateReader)])
 def test_gates_behind_a_normalisation_that_is_not_there(ask: Any, method: str) -> None:
     model, criterion = bare(), create_criterion(method)
     criterion.gates = "bn"
