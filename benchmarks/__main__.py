@@ -21,6 +21,7 @@ from nni_plugin.benchmarks import (
     correlations,
     fashion_mnist,
     joint_removal,
+    obs_scale,
     oracle_speed,
     resnet20_table4,
     resnet101_schedule,
@@ -40,6 +41,7 @@ BENCHMARKS: dict[str, ModuleType] = {
     "correlations": correlations,
     "joint_removal": joint_removal,
     "oracle_speed": oracle_speed,
+    "obs_scale": obs_scale,
     "scoring_memory": scoring_memory,
 }
 """Each has `run(**options)`, whose typed arguments are its options, and may have `render(result)` for a page of

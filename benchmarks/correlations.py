@@ -118,7 +118,9 @@ def run(
 
 def _training(preset: Preset) -> dict[str, Any]:
     """Return how a dense network was trained, as JSON values."""
-    values: dict[str, Any] = json.loads(json.dumps({"dataset": preset.dataset, "img_size": preset.img_size, **asdict(preset.base)}))
+    values: dict[str, Any] = json.loads(
+        json.dumps({"dataset": preset.dataset, "img_size": preset.img_size, **asdict(preset.base)})
+    )
     return values
 
 

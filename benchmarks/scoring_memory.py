@@ -5,19 +5,14 @@ takes the resident memory (`VmRSS`) as the baseline, runs the minibatches, and t
 memory of the process so far; the difference is what the passes took: activations, gradients, what scoring keeps, and
 working memory. The floor is the same process without a criterion. The first minibatch of the criteria on single
 samples copies activations that are no batch normalisation's, to see which are overwritten; it counts, and where there
-are many of them (vision transformers) it is the peak. glibc is told to hand back what is freed
-(`MALLOC_MMAP_THRESHOLD_`), so that its reserves are not measured. Linux only.
+are many of them (vision transformers) it is the peak. Linux only.
 """
 
 from __future__ import annotations
 
 import json
-import os
-import resource
 import statistics
-import subprocess
 import sys
-from pathlib import Path
 from typing import Any
 
 import timm
@@ -25,6 +20,7 @@ import torch
 import torch.nn.functional as F
 
 from nni_plugin.adapters.torch_pruning import find_groups
+from nni_plugin.benchmarks.process_memory import MEBI, highest, in_a_process, resident
 from nni_plugin.errors import CriterionError
 from nni_plugin.methods import create_criterion
 
@@ -34,7 +30,7 @@ FLOOR = "none"
 GOAL = 1.25
 """Most that scoring may need, as a multiple of the floor."""
 
-MEBI = 2**20
+_PROGRAM = "nni_plugin.benchmarks.scoring_memory"
 
 
 def run(
@@ -59,7 +55,7 @@ def run(
     for network in networks:
         peaks: dict[str, float] = {}
         for method in (FLOOR, *methods):
-            found = [_in_a_process(network, method, batch, size, minibatches) for _ in range(rounds)]
+            found = [in_a_process(_PROGRAM, (network, method, batch, size, minibatches)) for _ in range(rounds)]
             peaks[method] = statistics.median(found)
         floor = peaks.pop(FLOOR)
         of_methods = {method: {"mib": peak, "ratio": peak / floor} for method, peak in peaks.items()}
@@ -103,7 +99,7 @@ def measure(network: str, method: str, batch: int, size: int, minibatches: int) 
         model.zero_grad(set_to_none=True)
         F.cross_entropy(model(images), labels).backward()
 
-    baseline, highest = _resident(), _highest()
+    before, peak = resident(), highest()
     if method == FLOOR:
         for _ in range(minibatches):
             passes()
@@ -113,30 +109,9 @@ def measure(network: str, method: str, batch: int, size: int, minibatches: int) 
             for _ in range(minibatches):
                 passes()
                 criterion.update()
-    if _highest() <= highest:
+    if highest() <= peak:
         raise CriterionError("The passes took less memory than finding the groups: measure with a larger --batch.")
-    return (_highest() - baseline) / MEBI
-
-
-def _in_a_process(network: str, method: str, batch: int, size: int, minibatches: int) -> float:
-    command = [sys.executable, "-m", "nni_plugin.benchmarks.scoring_memory"]
-    command += [network, method, *map(str, (batch, size, minibatches))]
-    quiet = {"OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **quiet})
-    if done.returncode != 0:
-        raise CriterionError(f"Measuring {network} with {method} failed: {done.stderr.strip().splitlines()[-1]}")
-    return float(json.loads(done.stdout.splitlines()[-1]))
-
-
-def _resident() -> int:
-    """Return the resident memory of this process, in bytes."""
-    fields = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines())
-    return int(fields["VmRSS"].split()[0]) * 1024
-
-
-def _highest() -> int:
-    """Return the highest resident memory of this process so far, in bytes."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return (highest() - before) / MEBI
 
 
 if __name__ == "__main__":

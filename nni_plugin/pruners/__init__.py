@@ -1,5 +1,10 @@
 """NNI shells: pruners that fit where NNI's own do, and a speed-up that turns masks into a smaller network."""
 
+import importlib.util
+
+if importlib.util.find_spec("nni") is None:
+    raise ImportError('These are pruners for NNI, which is not installed: pip install "nni-plugin[nni]".')
+
 from nni_plugin.pruners.base import ChannelMaskPruner
 from nni_plugin.pruners.evaluators import LightningEvaluator, TorchEvaluator
 from nni_plugin.pruners.methods import (

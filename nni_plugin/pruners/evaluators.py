@@ -249,7 +249,9 @@ def untrained(evaluator: Any, model: nn.Module) -> list[nn.Parameter]:
     optimizers = getattr(evaluator, "_optimizers", None)
     if not optimizers:
         return []
-    held = {id(parameter) for optimizer in optimizers for group in optimizer.param_groups for parameter in group["params"]}
+    held = {
+        id(parameter) for optimizer in optimizers for group in optimizer.param_groups for parameter in group["params"]
+    }
     parameters = list(model.parameters())
     left = [parameter for parameter in parameters if id(parameter) not in held]
     if len(left) == len(parameters):

@@ -7,7 +7,6 @@ or columns of the layer's weight, so it is turned into these, and the weights al
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -57,13 +56,18 @@ def _read(path: Path, map_location: Any) -> Any:
     if not path.is_file():
         raise MaskError(f"There is no masks file {str(path)!r}. The model is unchanged.")
     try:
-        with torch.serialization.safe_globals([defaultdict, dict]):
+        # A defaultdict is what NNI saves and torch refuses to fill: a plain one is read in its place.
+        with torch.serialization.safe_globals([(_plain_dict, "collections.defaultdict"), (dict, "builtins.dict")]):
             return torch.load(path, map_location=map_location, weights_only=True)
     except Exception as error:  # a file that is no file of torch's fails in many ways
         raise MaskError(
             f"{str(path)!r} cannot be read as masks ({type(error).__name__}: {error}). Save them with "
             "torch.save(masks, path). The model is unchanged."
         ) from error
+
+
+def _plain_dict(_: object = None) -> dict[str, Any]:
+    return {}
 
 
 def parameter_masks(model: nn.Module, masks: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:

@@ -244,7 +244,7 @@ def _distance(expected: list[Tensor], got: list[Tensor]) -> tuple[float, float]:
 
 
 def _shuffled(value: Any, generator: torch.Generator) -> Any:
-    """Copy nested inputs, the values of each floating-point tensor in another order: within what the network expects."""
+    """Copy nested inputs, the values of each floating-point tensor in another order: still what the network expects."""
     if isinstance(value, Tensor):
         if not value.is_floating_point() or value.numel() == 0:
             return value

@@ -5,9 +5,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from nni_plugin.adapters.models import create_model
+from nni_plugin.adapters.torch_pruning import find_groups
 from nni_plugin.adapters.training import TrainingConfig
 from nni_plugin.benchmarks import joint_removal
 from nni_plugin.benchmarks.presets import Preset
+from nni_plugin.criteria import OBS
+from nni_plugin.criteria.ablation import cross_entropy
 
 TRAINING = TrainingConfig(epochs=1, lr=0.05)
 TINY = Preset("digits", 600, TRAINING, TRAINING, batch_size=64, seeds=1, img_size=8)
@@ -56,3 +60,27 @@ def test_images_are_drawn_by_the_seed() -> None:
     assert drawn.tolist() == again.tolist() != list(range(40))
     ((plain, _),) = joint_removal.first(loader, 40)
     assert plain.tolist() == list(range(40))
+
+
+def test_every_variant_runs_and_the_rows_are_what_they_are_said_to_be(folder: Path, monkeypatch) -> None:
+    variants = tuple(joint_removal.VARIANTS)
+    result = run(folder, monkeypatch, methods=("obs", *variants), regimes=("one-shot",))
+    found = {cell["method"]: cell["top1"]["mean"] for cell in result["cells"]}
+    assert set(found) == {"obs", *variants}
+    assert len(set(found.values())) > len(found) / 2
+
+    torch.manual_seed(0)
+    model = create_model("resnet20", "nni_plugin", num_classes=10, in_chans=1).eval()
+    batch = torch.randn(12, 1, 8, 8), torch.randint(0, 10, (12,))
+    groups = [group for group in find_groups(model, batch[0][:2]) if group.fixed is None]
+    rows = {}
+    for kind in (OBS, joint_removal.MinibatchOBS):
+        criterion = kind()
+        with criterion.collect(model, groups):
+            cross_entropy(model, batch).backward()
+            criterion.update(batch)
+        (rows[kind],) = criterion.state_dict()["gradients"]
+    torch.testing.assert_close(rows[joint_removal.MinibatchOBS], rows[OBS].mean(0, keepdim=True))
+    with torch.no_grad():
+        once, again = (float(joint_removal.own_labels(model, batch)) for _ in range(2))
+        assert once == again != float(cross_entropy(model, batch))

@@ -99,9 +99,7 @@ class Training:
 def evaluator_of(model: nn.Module, training: Any = None, lr: float = 0.0, dummy: bool = True) -> TorchEvaluator:
     """NNI's own evaluator; by default it computes gradients and changes no weight."""
     optimizer = nni.trace(torch.optim.SGD)(model.parameters(), lr=lr, momentum=0.9)
-    return TorchEvaluator(
-        training or Training(), optimizer, step, dummy_input=data()[0][:1] if dummy else None
-    )
+    return TorchEvaluator(training or Training(), optimizer, step, dummy_input=data()[0][:1] if dummy else None)
 
 
 def sparsity(masks: dict[str, dict[str, Any]], layer: str, target: str = "weight") -> float:

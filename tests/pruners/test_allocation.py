@@ -131,5 +131,5 @@ def test_what_went_before_goes_first() -> None:
 
 def test_a_pool_has_one_ratio() -> None:
     blocs = [bloc("a", 4, Limits(0.5), "p"), bloc("b", 4, Limits(0.25), "p")]
-    with pytest.raises(ConfigError, match="global_group_id p .*sparse_ratio.*0.25, 0.5"):
+    with pytest.raises(ConfigError, match=r"global_group_id p .*sparse_ratio.*0.25, 0.5"):
         removed_channels(blocs, {"a": torch.rand(4), "b": torch.rand(4)})

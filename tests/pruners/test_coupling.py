@@ -116,7 +116,7 @@ def test_dependency_and_global_groups_together() -> None:
 
 def test_a_dependency_group_of_different_widths() -> None:
     config = [{"op_names": ["conv1", "layer2.0.conv1"], "sparse_ratio": 0.5, "dependency_group_id": 3}]
-    with pytest.raises(ConfigError, match="dependency_group_id 3 .*'conv1' has 8, 'layer2.0.conv1' has 16"):
+    with pytest.raises(ConfigError, match=r"dependency_group_id 3 .*'conv1' has 8, 'layer2.0.conv1' has 16"):
         L1NormPruner(resnet(), config, example_inputs=X)
 
 
@@ -137,7 +137,7 @@ def test_grouped_and_transposed_convolutions_layer_by_layer() -> None:
     )
     config = [{"op_types": ["Conv2d", "ConvTranspose2d"], "sparse_ratio": 0.5}]
     with pytest.warns(UserWarning, match="one by one"):
-        wrapped, masks = L1NormPruner(model, config).compress()
+        L1NormPruner(model, config).compress()
     x = torch.randn(1, 4, 8, 8)
     outputs = []
     for layer in model:
@@ -159,6 +159,6 @@ def test_frozen_layers_are_named() -> None:
     for parameter in model.layer1.parameters():
         parameter.requires_grad_(False)
     evaluator = evaluator_of(model)
-    with pytest.raises(CriterionError, match="layer1.0.*no gradient.*frozen"):
+    with pytest.raises(CriterionError, match=r"layer1\.0.*no gradient.*frozen"):
         TaylorFOPruner(model, CONVS, evaluator, 2).compress()
     assert evaluator.model is None

@@ -86,7 +86,9 @@ def test_an_exception_leaves_nothing_behind(method: Any) -> None:
     assert hooks_of(model) == 0
     assert evaluator.model is None
     assert "train" not in vars(evaluator)
-    assert all(bool((mask == 1).all()) for of in pruner.get_masks().values() for mask in of.values() if mask is not None)
+    assert all(
+        bool((mask == 1).all()) for of in pruner.get_masks().values() for mask in of.values() if mask is not None
+    )
     training.fails_at = None
     _, masks = pruner.compress()  # the same objects go on
     assert sparsity(masks, "layer3.0.conv1") == 0.5
@@ -192,7 +194,7 @@ def test_our_torch_evaluator_says_what_is_wrong() -> None:
 def test_our_lightning_evaluator_says_what_is_wrong() -> None:
     with pytest.raises(ConfigError, match=r"trainer must be made as nni.trace\(Trainer\).*plain object"):
         LightningEvaluator(object(), None)
-    with pytest.raises(ConfigError, match="one of Lightning, got torch.optim"):
+    with pytest.raises(ConfigError, match=r"one of Lightning, got torch\.optim"):
         LightningEvaluator(nni.trace(torch.optim.SGD)(resnet().parameters(), lr=0.1), None)
 
 

@@ -50,7 +50,9 @@ def test_limits_hold_and_the_ratio_is_reached_all_the_same() -> None:
         _, masks = pruner.compress()
         convs = [name for name, layer in model.named_modules() if isinstance(layer, nn.Conv2d)]
         found = [sparsity(masks, name) for name in convs]
-        assert all(value <= bound for value in found) if limit.startswith("max") else all(v > bound - 0.05 for v in found)
+        assert (
+            all(value <= bound for value in found) if limit.startswith("max") else all(v > bound - 0.05 for v in found)
+        )
         assert 0.49 < reached(masks, model) <= 0.5
         assert max(found) - min(found) > 0.05  # a ranking of all, not a ratio of each
 

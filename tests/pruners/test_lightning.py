@@ -178,10 +178,10 @@ def test_nni_s_own_evaluator_is_refused(pl: Any) -> None:
 
     trainer = nni.trace(pytorch_lightning.Trainer)(max_epochs=1, logger=False)
     theirs = OfNNI(trainer, nni.trace(pytorch_lightning.LightningDataModule)())
-    with pytest.raises(ConfigError, match="nni_plugin.pruners.LightningEvaluator"):
+    with pytest.raises(ConfigError, match=r"nni_plugin\.pruners\.LightningEvaluator"):
         TaylorFOPruner(module_of(pytorch_lightning), CONVS, theirs, 2)
 
 
 def test_a_network_that_is_no_lightning_module(pl: Any, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="ResNet is no .*LightningModule"):
+    with pytest.raises(ConfigError, match=r"ResNet is no .*LightningModule"):
         TaylorFOPruner(resnet(), CONVS, evaluator_of(pl, tmp_path), 2)

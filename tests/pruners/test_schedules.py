@@ -1,5 +1,6 @@
 """Inside AGPPruner and LinearPruner: masks are final when the schedule ends, whatever training_steps is."""
 
+import itertools
 import warnings
 from typing import Any
 
@@ -84,7 +85,7 @@ def test_what_is_masked_stays_masked() -> None:
     seen: list[set[int]] = []
     training.after_step = lambda _: seen.append(set(gone(scheduled.get_masks(), LAYER)))
     scheduled.compress(max_steps=16, max_epochs=None)
-    assert all(earlier <= later for earlier, later in zip(seen, seen[1:], strict=False))
+    assert all(earlier <= later for earlier, later in itertools.pairwise(seen))
     assert len(seen[-1]) == 16
 
 
@@ -133,7 +134,7 @@ def test_fused_with_a_quantizer() -> None:
 def test_training_that_ends_before_masks_are_due() -> None:
     model = resnet()
     evaluator = evaluator_of(model, Training(stops_after=3))
-    with pytest.raises(CriterionError, match="after 3 optimizer steps.*after 5.*there are none.*training_steps"):
+    with pytest.raises(CriterionError, match=r"after 3 optimizer steps.*after 5.*there are none.*training_steps"):
         TaylorFOPruner(model, CONVS, evaluator, 5).compress()
     assert evaluator.model is None
 
@@ -149,7 +150,7 @@ def test_training_that_ends_before_the_schedule() -> None:
 def test_a_duration_for_the_pruner_alone() -> None:
     model = resnet()
     pruner = TaylorFOPruner(model, CONVS, evaluator_of(model), 2)
-    with pytest.raises(ConfigError, match="compress.max_steps=9.*training_steps, 2"):
+    with pytest.raises(ConfigError, match=r"compress.max_steps=9.*training_steps, 2"):
         pruner.compress(max_steps=9)
 
 
