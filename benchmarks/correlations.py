@@ -14,13 +14,13 @@ import json
 import math
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from nni_plugin.benchmarks.experiment import Experiment
 from nni_plugin.benchmarks.grid import Grid, mean_and_sd, summary
-from nni_plugin.benchmarks.presets import DENSE, Preset
+from nni_plugin.benchmarks.presets import DENSE
 from nni_plugin.correlation_job import CorrelationJob, run_correlations
 from nni_plugin.correlation_results import COLUMNS
 
@@ -61,6 +61,7 @@ def run(
     dense: Path = Path("out/joint_removal"),
     data_dir: Path | None = None,
     device: str | None = None,
+    gather: bool = False,
 ) -> dict[str, Any]:
     """Compare the criteria on every network with every seed, and return means; a killed call goes on.
 
@@ -75,6 +76,7 @@ def run(
         dense: For the dense networks, trained once a seed; that of `joint_removal`.
         data_dir: Folder of the data; the environment variable FASHION_MNIST names it too.
         device: cpu, cuda ...; the best there is if not given.
+        gather: Run nothing: sum up the runs that the folder holds.
     """
     asked: dict[str, Any] = {
         "images": images,
@@ -87,6 +89,8 @@ def run(
         preset = DENSE[network]
         study = Experiment(preset, Path(dense) / network, data_dir=data_dir, device=device, network=network)
         for seed in seeds:
+            if gather and not grid.done(f"{network}/seed{seed}"):
+                continue
             study.base(seed)
             channels = study.data(seed).input_shape[0]
             job = CorrelationJob(
@@ -109,19 +113,10 @@ def run(
     return {
         "settings": {
             **asked,
-            "seeds": list(seeds),
-            "dense": {network: _training(DENSE[network]) for network in networks},
+            "dense": {network: DENSE[network].training() for network in networks},
         },
         "networks": {network: _summed_up(list(found.values())) for network, found in runs.items()},
     }
-
-
-def _training(preset: Preset) -> dict[str, Any]:
-    """Return how a dense network was trained, as JSON values."""
-    values: dict[str, Any] = json.loads(
-        json.dumps({"dataset": preset.dataset, "img_size": preset.img_size, **asdict(preset.base)})
-    )
-    return values
 
 
 def _work(job: CorrelationJob, beside: Path) -> Callable[[Path], dict[str, Any]]:
@@ -174,12 +169,11 @@ def _summary(values: list[float | None]) -> dict[str, float | None]:
 def render(result: Mapping[str, Any]) -> str:
     """Return the page: one table of all networks, then one for each; every number is the result's."""
     settings, networks = result["settings"], result["networks"]
-    seeds, held_out = len(settings["seeds"]), settings["held_out_images"]
+    held_out = settings["held_out_images"]
     opening = (
         f"Rank correlation of every criterion with the Oracle, the squared change of the loss when a channel alone is "
         f"removed; criteria and Oracle on {settings['images']} training images, and the Oracle once more on {held_out} "
-        f"test images. "
-        f"Mean ± standard deviation over {seeds} seed{'s' * (seeds != 1)}; best first."
+        "test images. Mean ± standard deviation over seeds; best first."
     )
     page = ["# Criteria against the Oracle", "", opening, "", "## Spearman's coefficient, all networks", ""]
     methods = list(dict.fromkeys(method for found in networks.values() for method in found["criteria"]))
@@ -199,11 +193,12 @@ def render(result: Mapping[str, Any]) -> str:
         page += ["", f"## {network}", ""]
         dense = settings["dense"][network]
         judged = f", {found['judged']} of them judged" if found["judged"] < found["channels"] else ""
+        of_size = f" at {dense['img_size']} x {dense['img_size']}" if dense["img_size"] else ""
         oracle, agreed = mean_and_sd(found["oracle_seconds"], 1), mean_and_sd(found["agreement"], 3)
         page += [
-            f"{dense['dataset']}, {dense['epochs']} epoch{'s' * (dense['epochs'] != 1)}: top-1 "
-            f"{mean_and_sd(found['top1'])} %. {found['channels']} coupled channels in {found['groups']} groups{judged}"
-            f"; Oracle {oracle} s; agreement {agreed}.",
+            f"{dense['dataset']}{of_size}, {dense['epochs']} epoch{'s' * (dense['epochs'] != 1)}: top-1 "
+            f"{mean_and_sd(found['top1'])} % ({found['top1']['n']} seeds). {found['channels']} coupled channels in "
+            f"{found['groups']} groups{judged}; Oracle {oracle} s; agreement {agreed}.",
             "",
         ]
         shown = {heading: column for heading, column in _SHOWN.items() if held_out or heading != "held out"}

@@ -9,6 +9,7 @@ each (`gradual`); and both (`gradual-reconstructed`). What is left is tested as 
 from __future__ import annotations
 
 import copy
+import json
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -98,6 +99,7 @@ def run(
     test_images: int = 10_000,
     folder: Path = Path("out/joint_removal"),
     data_dir: Path | None = None,
+    gather: bool = False,
 ) -> dict[str, Any]:
     """Fill the grid, going on where it was; returns settings, and mean and sd over seeds of the test top-1.
 
@@ -112,11 +114,16 @@ def run(
         test_images: Test images that top-1 is taken on.
         folder: For the dense networks and one file a run.
         data_dir: Folder of the data.
+        gather: Run nothing: sum up all runs of these networks, images and test images that the folder holds.
     """
     budgets: list[Budget] = [*(MACs(ratio) for ratio in macs), *(Channels(float(ratio)) for ratio in channels)]
+    asked = {"images": images, "test_images": test_images}
     records = []
     for network in networks:
         study = Experiment(DENSE[network], folder / network, data_dir=data_dir, network=network)
+        if gather:
+            records += [{"network": network, **record} for record in _held(study.folder, asked)]
+            continue
         for seed in seeds:
             study.base(seed)
             cell = _Cell(study, seed, images, test_images)
@@ -124,18 +131,23 @@ def run(
                 for budget in budgets:
                     for regime in regimes:
                         name = f"{regime}/seed{seed}/{method.replace(':', '_')}-{_label(budget)}"
-                        settings = {"images": images, "test_images": test_images}
-                        record = study.grid.run(name, cell.work(method, regime, budget), settings)
+                        record = study.grid.run(name, cell.work(method, regime, budget), asked)
                         records.append({"network": network, "seed": seed, **record})
     return {
-        "settings": {
-            "images": images,
-            "test_images": test_images,
-            "seeds": list(seeds),
-            "presets": {n: str(DENSE[n]) for n in networks},
-        },
+        "settings": {**asked, "dense": {network: DENSE[network].training() for network in networks}},
         "cells": _cells(records),
     }
+
+
+def _held(folder: Path, asked: dict[str, int]) -> list[dict[str, Any]]:
+    """Return the records of all finished runs in a network's folder."""
+    records = []
+    for path in sorted(path for regime in REGIMES for path in folder.glob(f"{regime}/seed*/*.json")):
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if all(content["settings"][name] == value for name, value in asked.items()):
+            records.append({"seed": int(path.parent.name.removeprefix("seed")), **content["result"]})
+    order = [*METHODS, *VARIANTS]
+    return sorted(records, key=lambda r: order.index(r["method"]) if r["method"] in order else len(order))
 
 
 class _Cell:
@@ -223,13 +235,23 @@ def _cells(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         groups.setdefault(key, []).append(record)
     names = ("network", "regime", "method", "target")
     values = ("top1", "top1_dense", "macs_ratio", "params_ratio", "channels_kept", "seconds")
+    for of_key in groups.values():
+        of_key.sort(key=lambda record: int(record["seed"]))
     return [
         {
             **dict(zip(names, key, strict=True)),
+            "seeds": [record["seed"] for record in of_key],
             **{value: summary(record[value] for record in of_key) for value in values},
         }
         for key, of_key in groups.items()
     ]
+
+
+def _column(column: tuple[str, str]) -> tuple[str, float, int]:
+    """Order columns by what is budgeted, then from much kept to little."""
+    target, regime = column
+    kind = target.rstrip("0123456789.")
+    return kind, -float(target.removeprefix(kind)), REGIMES.index(regime)
 
 
 def render(result: dict[str, Any]) -> str:
@@ -239,19 +261,28 @@ def render(result: dict[str, Any]) -> str:
         "# Accuracy after removing channels together, without fine-tuning",
         "",
         f"Test top-1 in percent on {settings['test_images']} images of Fashion-MNIST; every method sees the same "
-        f"{settings['images']} training images. Mean and standard deviation over seeds {settings['seeds']}; each seed "
-        "is a dense network of its own. *one-shot*: scored and cut once. *reconstructed*: the same plan, then the "
-        "weights of each layer solved anew by least squares, for all methods alike. *gradual*: ten steps, scores and "
-        "statistics of batch normalisation fresh in each.",
+        f"{settings['images']} training images. Mean and standard deviation over seeds; each seed is a dense network "
+        "of its own. *macs0.5*: half the MACs kept; *channels0.5*: half the coupled channels. *one-shot*: scored and "
+        "cut once. *reconstructed*: the same plan, then the weights of each layer solved anew by least squares, for "
+        "all methods alike. *gradual*: ten steps, scores and statistics of batch normalisation fresh in each.",
     ]
     for network in dict.fromkeys(cell["network"] for cell in cells):
         rows = [cell for cell in cells if cell["network"] == network]
-        columns = list(dict.fromkeys((cell["target"], cell["regime"]) for cell in rows))
+        columns = sorted({(cell["target"], cell["regime"]) for cell in rows}, key=_column)
         by_method: dict[str, dict[tuple[str, str], Any]] = {}
         for cell in rows:
             by_method.setdefault(cell["method"], {})[cell["target"], cell["regime"]] = cell["top1"]
-        dense = rows[0]["top1_dense"]
-        text += ["", f"## {network}", "", f"Dense: {mean_and_sd(dense)} (n = {dense['n']}).", ""]
+        dense, seeds = rows[0]["top1_dense"], max((cell["seeds"] for cell in rows), key=len)
+        training = settings["dense"][network]
+        of_size = f" at {training['img_size']} x {training['img_size']}" if training["img_size"] else ""
+        text += [
+            "",
+            f"## {network}",
+            "",
+            f"Dense, {training['epochs']} epoch{'s' * (training['epochs'] != 1)}{of_size}: {mean_and_sd(dense)}; seeds "
+            f"{', '.join(map(str, seeds))}.",
+            "",
+        ]
         text.append("| method | " + " | ".join(f"{target}, {regime}" for target, regime in columns) + " |")
         text.append("|---" * (len(columns) + 1) + "|")
         for method, found in by_method.items():

@@ -5,6 +5,7 @@ Molchanov et al., CVPR 2019, supplement 6.1.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -45,6 +46,12 @@ class Preset:
         decay = self.base.decay_epochs
         stretched = None if decay is None else decay * epochs / self.base.epochs
         return replace(self.base, epochs=epochs, decay_epochs=stretched)
+
+    def training(self) -> dict[str, Any]:
+        """Return how the base network is trained, as JSON values."""
+        values = {"dataset": self.dataset, "img_size": self.img_size, **asdict(self.base)}
+        plain: dict[str, Any] = json.loads(json.dumps(values))
+        return plain
 
 
 _STEPS = TrainingConfig(epochs=200, opt="momentum", lr=0.1, weight_decay=5e-4, sched="step", decay_epochs=80)

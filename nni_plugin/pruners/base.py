@@ -7,7 +7,8 @@ whose goal of that interval is read then. So masks are final when the schedule e
 
 Coupled layers share their masks, found through the dependency graph; normalisations and biases behind a masked layer
 are masked with it, and where zero does not stay zero on the way to a reader (a sigmoid), that reader's inputs too. So
-the masked network computes what the compact one does. What is masked stays masked while the ratio does not fall.
+the masked network computes what the compact one does; not so where LayerNorm or GroupNorm normalise over channels that
+leave, which a warning says. What is masked stays masked while the ratio does not fall.
 """
 
 from __future__ import annotations
@@ -40,6 +41,7 @@ from nni_plugin.pruners.run import Run, Schedule
 from nni_plugin.pruners.wrapping import (
     Masks,
     group_masks,
+    is_wrapped,
     masked_members,
     readers_that_see,
     unwrapped,
@@ -70,7 +72,7 @@ class ChannelMaskPruner(Pruner):  # type: ignore[misc]
     """Scores that the last masks were made from, by group (its first layer), shape `[width]`, higher = keep."""
 
     notes: list[str]
-    """Which selected layers are left whole, and why."""
+    """What there is to know of the choice, a line each: which selected layers are left whole, and why."""
 
     default_criterion: ClassVar[Callable[[], Criterion]]
 
@@ -85,6 +87,11 @@ class ChannelMaskPruner(Pruner):  # type: ignore[misc]
         example_inputs: Any = None,
         criterion: Criterion | None = None,
     ) -> None:
+        if is_wrapped(model):
+            raise ConfigError(
+                f"This {type(model).__name__} is wrapped by another compressor: call its unwrap_model() before, or go "
+                f"on from it with {type(self).__name__}.from_compressor(compressor, ...). The model is unchanged."
+            )
         self.criterion = type(self).default_criterion() if criterion is None else criterion
         self._check_evaluator(evaluator, training_steps)
         checked = check_config(model, config_list, PruningSetting.registry)
@@ -101,7 +108,6 @@ class ChannelMaskPruner(Pruner):  # type: ignore[misc]
         self.total_times: int | str = 1
         self._removed = {coupled.name: torch.zeros(len(coupled.unit), dtype=torch.bool) for coupled in self._coupled}
         self._choice = self._removed
-        self._run: Run | None = None
 
     def wrap_model(self) -> None:
         """Put the wrappers on; the first time, those of coupled layers are made as well.
@@ -160,8 +166,8 @@ class ChannelMaskPruner(Pruner):  # type: ignore[misc]
     def _example_inputs(self, model: nn.Module, evaluator: Any, inputs: Any) -> Any:
         """Return what to trace the network with; None if there is nothing."""
         if inputs is None and evaluator is not None:
-            inputs = getattr(evaluator, "dummy_input", None)
-            if inputs is None:
+            inputs = getattr(evaluator, "dummy_input", getattr(evaluator, "_dummy_input", None))
+            if inputs is None and getattr(evaluator, "training_func", evaluator) is not None:
                 if not evaluator._initialization_complete:
                     evaluator._init_optimizer_helpers(model)
                 inputs = first_inputs(evaluator, model)
@@ -283,8 +289,7 @@ class ChannelMaskPruner(Pruner):  # type: ignore[misc]
         times = math.inf if self.total_times == "unlimited" else float(self.total_times)
         window = min(self.training_steps, self.interval_steps)
         schedule = Schedule(window, self.interval_steps, times)
-        self._run = Run(self.bound_model, self.criterion, self._groups, schedule, self._regenerate)
-        self._run.attach(evaluator)
+        Run(self.bound_model, self.criterion, self._groups, schedule, self._regenerate).attach(evaluator)
 
     def _fuse_postprocess(self, evaluator: Any) -> None:
-        self._run = None
+        """Do nothing: whatever a run put on the evaluator has left it when its training ended."""

@@ -2,7 +2,8 @@
 
 The keys and their meaning are NNI 3.0's. Its own check says only that something does not fit its schema, and passes
 over an entry that selects nothing. The older form (`sparsity`, `total_sparsity`, `exclude: True`) is turned into the
-present one here, since NNI does so only where the first entry is an old one.
+present one here, since NNI does so only where the first entry is an old one. `internal_metric_block` is taken and not
+needed: which channels the groups of a convolution tie together is found with the layers that share them.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import difflib
 import math
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -203,14 +204,14 @@ def _check_values(settings: Mapping[str, Any], where: str) -> None:
     ratio = settings.get("sparse_ratio")
     if ratio is not None and not 0.0 <= ratio < 1.0:
         raise fail("sparse_ratio", "the share to REMOVE, at least 0.0 and below 1.0")
-    for key, low, high in (("min_sparse_ratio", "at least 0 and below 1", False), ("max_sparse_ratio", "0 to 1", True)):
+    limits: dict[str, tuple[Callable[[float], bool], str]] = {
+        "min_sparse_ratio": (lambda value: 0 <= value < 1, "a number of at least 0 and below 1"),
+        "max_sparse_ratio": (lambda value: 0 < value <= 1, "a number above 0 and at most 1"),
+    }
+    for key, (fits, what) in limits.items():
         value = settings.get(key)
-        if value is None:
-            continue
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
-            raise fail(key, f"a number ({low})")
-        if not (0 < value <= 1 if high else 0 <= value < 1):
-            raise fail(key, f"{'above 0 and at most 1' if high else low}")
+        if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float)) or not fits(value)):
+            raise fail(key, what)
     for key in ("global_group_id", "dependency_group_id"):
         if not isinstance(settings.get(key, ""), (int, str, type(None))):
             raise fail(key, "an integer or a string")

@@ -21,7 +21,7 @@ from nni_plugin.errors import ConfigError
 from nni_plugin.groups import ChannelGroup, Member, Slice
 from nni_plugin.pruners.allocation import Bloc, Limits
 from nni_plugin.pruners.wrapping import followers
-from nni_plugin.tensors import kind_of, places_of, tensor_of, tie_period
+from nni_plugin.tensors import CHANNEL_NORMS, kind_of, places_of, tensor_of, tie_period
 
 _SHARED = ("sparse_ratio", "sparse_threshold", "min_sparse_ratio", "max_sparse_ratio", "global_group_id")
 
@@ -87,7 +87,8 @@ def couple(
         excluded: Layers that an exclusion of the config_list takes out.
 
     Returns:
-        What is pruned, in the order of the network, and why other selected layers are left whole, a line each.
+        What is pruned, in the order of the network, and what else to know, a line each: which selected layers are left
+        whole and why.
 
     Raises:
         ConfigError: Nothing is left to prune, or a `dependency_group_id` joins layers of different width.
@@ -114,6 +115,12 @@ def couple(
             )
         weights = sum((_weights(model, group, names) for group in parts), torch.zeros(parts[0].width))
         coupled.append(Coupled(parts[0].name, parts, tuple(names), _units(parts), weights))
+    mixed = [m.path for one in coupled for group in one.groups for m in followers(group) if _mixes(model, m)]
+    if mixed:
+        notes.append(
+            f"{mixed[0]!r} normalises over channels that are pruned (as do {len(mixed) - 1} others): its statistics "
+            "change when they leave, so the compact network differs from the masked one"
+        )
     if not coupled:
         raise ConfigError(f"config_list leaves nothing to prune: {'; '.join(notes)}. The model is unchanged.")
     return coupled, notes
@@ -143,6 +150,10 @@ def _outside(groups: Sequence[ChannelGroup], spaces: Mapping[str, Any]) -> list[
     inside = {member.path for group in groups for member in followers(group)}
     lost = sorted(spaces.keys() - inside)
     return [f"{', '.join(map(repr, lost))} left whole: not reached, or not called as layers"] if lost else []
+
+
+def _mixes(model: nn.Module, member: Member) -> bool:
+    return member.kind == "norm" and isinstance(model.get_submodule(member.path), CHANNEL_NORMS)
 
 
 def _whole(groups: Sequence[ChannelGroup], excluded: Collection[str]) -> str | None:

@@ -31,6 +31,11 @@ Masks = dict[str, dict[str, Tensor]]
 """Masks by module and target, as NNI has them."""
 
 
+def is_wrapped(model: nn.Module) -> bool:
+    """Tell whether wrappers are on a network."""
+    return any(_WRAPPER in module._modules for module in model.modules())
+
+
 @contextmanager
 def unwrapped(model: nn.Module, *, masked: bool = False) -> Iterator[None]:
     """Take all wrappers off for a moment; parameters are the ones that an optimizer trains.

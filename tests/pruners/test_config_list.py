@@ -215,6 +215,21 @@ def test_an_evaluator_without_training() -> None:
         TaylorFOPruner(model, CONVS, evaluator, 2)
 
 
+def test_a_network_that_is_wrapped_already() -> None:
+    model = resnet()
+    L1NormPruner(model, CONVS, example_inputs=X)
+    with pytest.raises(ConfigError, match=r"ResNet is wrapped by another compressor.*from_compressor"):
+        L1NormPruner(model, CONVS, example_inputs=X)
+
+
+def test_pruners_of_weights_take_an_evaluator_that_does_not_train() -> None:
+    model = resnet()
+    evaluator = evaluator_of(model, dummy=False)
+    evaluator.training_func = None
+    with pytest.warns(UserWarning, match="one by one"):
+        L1NormPruner(model, CONVS, evaluator).compress()
+
+
 def test_an_optimizer_of_another_network() -> None:
     model = resnet()
     pruner = TaylorFOPruner(model, CONVS, evaluator_of(resnet(), Training()), 2)
