@@ -43,6 +43,7 @@ from nni_plugin.schedules import OneShot, Schedule
 from nni_plugin.scorer import ForeignCriterion, Scorer
 from nni_plugin.selection import Ranking, solve
 from nni_plugin.slim_cost import SlimCost
+from nni_plugin.stages import check_stages, turns
 
 Selection = Literal["all", "skip-only", "no-skip"]
 
@@ -65,6 +66,8 @@ class ChannelPruner:
         cost_aware: Rank by loss per unit of what the budget counts instead of loss per channel; None: as the
             criterion wants it.
         divide_by_blocks: Divide the score of a residual group by the number of blocks that share its gate.
+        stages: Fraction of channels to keep by prefix of layer names: removed fractions are in this proportion, at
+            the budget; layers of no stage stay whole. Empty: one ranking over all layers.
         cut: When channels leave the network physically.
         optimizer: The optimizer that trains the network, to be cut along; a training state sets it too.
         ema: A moving average of the network, likewise.
@@ -88,6 +91,7 @@ class ChannelPruner:
         select: Selection = "all",
         cost_aware: bool | None = None,
         divide_by_blocks: bool = False,
+        stages: Mapping[str, float] | None = None,
         cut: Literal["end", "step", "never"] = "end",
         optimizer: torch.optim.Optimizer | None = None,
         ema: nn.Module | None = None,
@@ -100,7 +104,7 @@ class ChannelPruner:
         self.budget, self.schedule = budget, schedule or OneShot()
         self.round_to, self.min_channels, self.cut_when = round_to, min_channels, cut
         self.scorer = Scorer(criterion)
-        self.select, self.divide_by_blocks = select, divide_by_blocks
+        self.select, self.divide_by_blocks, self.stages = select, divide_by_blocks, dict(stages or {})
         self.cost_aware = self.scorer.cost_aware if cost_aware is None else cost_aware
         self.optimizer, self.ema = optimizer, ema
         self._state: Any = None
@@ -109,6 +113,7 @@ class ChannelPruner:
         self._take(sound_groups(model, groups, self._inputs()))
         self.dense: Size = self._slim_cost.dense
         self.live = LivePlan(self.groups)
+        check_stages(self.stages, list(self.live.dense_widths))
         self._since_check, self._window, self._loss_sum = 0, 0, 0.0
         self._counted: Size | None = None
         self.done = False
@@ -243,6 +248,7 @@ class ChannelPruner:
             "min_channels": self.min_channels,
             "select": self.select,
             "cost_aware": self.cost_aware,
+            **({"stages": self.stages} if self.stages else {}),
         }
         identity = getattr(self.model, "nni_plugin_identity", None)
         return self.live.whole(self.scorer.range, self.dense, self.size(), identity, asked)
@@ -322,6 +328,8 @@ class ChannelPruner:
     def _ranking(self, scores: Mapping[str, Tensor]) -> Ranking:
         if self.divide_by_blocks and not self.scorer.is_ranking:
             scores = {group.name: scores[group.name] / group.blocks for group in self.groups}
+        if self.stages:
+            scores = turns(self.groups, scores, self.stages, self.live.dense_widths)
         return Ranking(self.groups, scores, round_to=self.round_to, min_channels=self.min_channels)
 
     def _prune(self, *, final: bool) -> None:

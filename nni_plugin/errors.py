@@ -61,5 +61,9 @@ class MaskError(NNIPluginError):
     """Masks cannot be read, or do not fit the network that they are to make smaller."""
 
 
+class ExperimentError(NNIPluginError):
+    """An NNI experiment cannot be started as asked, or none of its trials succeeded."""
+
+
 class ConfigError(NNIPluginError):
     """A pruner was given a config_list, an evaluator or an option that it cannot work with; the text names the key."""

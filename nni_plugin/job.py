@@ -52,6 +52,8 @@ class Job:
         select: Which groups may be pruned: `"all"`, `"skip-only"` or `"no-skip"`.
         cost_aware: Rank by loss per unit of what the budget counts; None: as the method wants it.
         divide_by_blocks: Divide the score of a residual group by the number of blocks that share its gate.
+        stages: Fraction of channels to keep by stage (a prefix of layer names): removed fractions are in this
+            proportion, at the budget; layers of no stage stay whole. Empty: all layers are ranked together.
         reconstruct: After one-shot pruning solve each layer's weights anew so that it gives what it gave in the dense
             network; None: for `obs`.
         reestimate: Estimate the statistics of batch normalisations anew after pruning without training.
@@ -85,6 +87,7 @@ class Job:
     select: Selection = "all"
     cost_aware: bool | None = None
     divide_by_blocks: bool = False
+    stages: Mapping[str, float] = field(default_factory=dict)
     reconstruct: bool | None = None
     reestimate: bool = False
     pretrain: TrainingConfig = field(default_factory=lambda: TrainingConfig(epochs=0))

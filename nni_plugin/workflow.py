@@ -11,7 +11,7 @@ import json
 import math
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from typing import Any, Literal
@@ -48,7 +48,14 @@ class Result:
     metrics: dict[str, Any]
 
 
-def run_job(job: Job, *, resume: bool = False, command: str = "", say: Callable[[str], None] = print) -> Result:
+def run_job(
+    job: Job,
+    *,
+    resume: bool = False,
+    command: str = "",
+    say: Callable[[str], None] = print,
+    callbacks: Sequence[Callback] = (),
+) -> Result:
     """Prune a network from end to end.
 
     Args:
@@ -56,6 +63,7 @@ def run_job(job: Job, *, resume: bool = False, command: str = "", say: Callable[
         resume: Go on from the state that an interrupted run of the same job left in the output folder.
         command: The command that was run, for the report.
         say: Takes what a person should read, as it happens.
+        callbacks: Follow fine-tuning.
 
     Returns:
         The pruned network, its plan, and the metrics as written.
@@ -65,15 +73,24 @@ def run_job(job: Job, *, resume: bool = False, command: str = "", say: Callable[
     """
     criterion = create_criterion(job.method, job.seed)
     with workspace(job.output, job.settings(), resume=resume) as places:
-        return _Run(job, criterion, places, resume, say).run(command)
+        return _Run(job, criterion, places, resume, say, callbacks).run(command)
 
 
 class _Run:
     """One run: its data, its network and where it writes."""
 
-    def __init__(self, job: Job, criterion: Any, places: Workspace, resume: bool, say: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        job: Job,
+        criterion: Any,
+        places: Workspace,
+        resume: bool,
+        say: Callable[[str], None],
+        callbacks: Sequence[Callback],
+    ) -> None:
         torch.manual_seed(job.seed)
         self.job, self.criterion, self.places, self.resume, self.say = job, criterion, places, resume, say
+        self.callbacks = tuple(callbacks)
         self.splits: DataSplits = create_loaders(job.dataset, job.data_dir, seed=job.seed, **job.data_kwargs)
         self.device = usable_device(job.device)
         self.model, self.examples = network_of(job, self.splits, self.device)
@@ -134,7 +151,7 @@ class _Run:
         if pruner.scorer.is_ranking if self.job.reconstruct is None else self.job.reconstruct:
             self._reconstruct(pruner)
         after_cut = self._top1()
-        return pruner, after_cut, self._fit(self.job.finetune, "finetune")
+        return pruner, after_cut, self._fit(self.job.finetune, "finetune", self.callbacks)
 
     def _reconstruct(self, pruner: ChannelPruner) -> None:
         """Solve each layer's weights anew, on about 2,000 training images."""
@@ -160,7 +177,7 @@ class _Run:
         pruner.schedule = schedule_of(self.job, self._steps(), pruner.dense.channels)
         watch = _Watch(pruner, self.splits.test)
         with pruner:
-            history = self._fit(self.job.finetune, "finetune", (pruner, watch))
+            history = self._fit(self.job.finetune, "finetune", (pruner, watch, *self.callbacks))
         if not pruner.done:
             warnings.warn(
                 f"{pruner.schedule} was not over after {self.job.finetune.epochs} epochs: the rest goes at once. "
@@ -188,6 +205,7 @@ class _Run:
             select=self.job.select,
             cost_aware=self.job.cost_aware,
             divide_by_blocks=self.job.divide_by_blocks,
+            stages=self.job.stages,
             cut=cut,
         )
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +102,21 @@ def count_or_fraction(text: Any) -> int | float:
         return int(str(text))
     except ValueError:
         return number(text)
+
+
+def fractions(text: Any) -> dict[str, float]:
+    """Read numbers by name, from YAML or as `name=number` separated by commas.
+
+    Example:
+        >>> fractions("layer1=0.7,layer2=0.5")
+        {'layer1': 0.7, 'layer2': 0.5}
+    """
+    if isinstance(text, Mapping):
+        return {str(name): number(value) for name, value in text.items()}
+    pairs = [part.partition("=") for part in _parts(text) if part]
+    if not all(name and equals for name, equals, _ in pairs):
+        raise BadValue(f"expected name=number separated by commas, such as layer1=0.7,layer2=0.5, got {text!r}")
+    return {name.strip(): number(value.strip()) for name, _, value in pairs}
 
 
 def device_name(text: Any) -> str:

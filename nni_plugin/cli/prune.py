@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Mapping
 from dataclasses import fields
 from importlib.util import find_spec
 from typing import Any
@@ -17,6 +18,7 @@ from nni_plugin.cli.arguments import (
     add_model,
     count_or_fraction,
     data_kwargs,
+    fractions,
     integers,
     names,
     number,
@@ -29,6 +31,13 @@ DESCRIPTION = "Prune a network to a budget: train it if asked, prune, fine-tune,
 
 def add_arguments(parser: jsonargparse.ArgumentParser) -> None:
     """Declare the flags of `prune`."""
+    add_job(parser)
+    parser.add_argument("--resume", action="store_true", help="go on with the run that was interrupted in --output")
+    add_common(parser, output_required=True)
+
+
+def add_job(parser: jsonargparse.ArgumentParser) -> None:
+    """Declare the flags that say what to prune and how."""
     add = parser.add_argument
     add_model(parser, required=True)
     add_data(parser)
@@ -65,6 +74,7 @@ def add_arguments(parser: jsonargparse.ArgumentParser) -> None:
         "--cost-aware", type=optional_bool, help="rank by loss per unit of the budget: true or false (as the method is)"
     )
     add("--divide-by-blocks", action="store_true", help="divide a residual score by the blocks that share its gate")
+    add("--stages", type=fractions, default={}, help="channels to keep by stage, layer1=0.7,layer2=0.4: a proportion")
     add("--round-to", type=above(1), default=1, help="make widths multiples of this")
     add("--min-channels", type=above(1), default=1, help="make no layer narrower than this")
     add("--ignore", type=names, default=(), help="layers to leave whole, by name, separated by commas")
@@ -87,8 +97,6 @@ def add_arguments(parser: jsonargparse.ArgumentParser) -> None:
     add("--channels-last", action="store_true", help="channels-last memory format: faster convolutions")
     add("--checkpoint-every", type=above(1), help="minibatches between checkpoints (every epoch)")
     add("--latency-batch-sizes", type=integers, default=(1, 64), help="batch sizes to measure the latency at")
-    add("--resume", action="store_true", help="go on with the run that was interrupted in --output")
-    add_common(parser, output_required=True)
 
 
 def run(arguments: Any, command: str) -> None:
@@ -111,7 +119,7 @@ def run(arguments: Any, command: str) -> None:
         console.print(f"{arguments.output} holds a finished run: there is nothing to resume.", markup=False)
         return
     result = run_job(
-        _job(arguments),
+        job_of(arguments),
         resume=arguments.resume,
         command=command,
         say=lambda text: console.print(text, markup=False, soft_wrap=True),
@@ -124,7 +132,28 @@ def run(arguments: Any, command: str) -> None:
     )
 
 
-def _job(arguments: Any) -> Any:
+def job_from(settings: Mapping[str, Any]) -> Any:
+    """Return the :class:`~nni_plugin.job.Job` that settings under the names of the flags ask for.
+
+    Args:
+        settings: As in a file that `--config` takes: `{"model": "resnet20", "round_to": 8, ...}`.
+
+    Raises:
+        ArgumentError: A name is unknown, or a value is not what the flag takes.
+        TrainingError: A setting of training is out of its range.
+    """
+    parser = jsonargparse.ArgumentParser(exit_on_error=False)
+    add_arguments(parser)
+    return job_of(parser.parse_object(dict(settings)))
+
+
+def job_of(arguments: Any) -> Any:
+    """Return the :class:`~nni_plugin.job.Job` that the arguments ask for.
+
+    Raises:
+        ArgumentError: They contradict each other.
+        TrainingError: A setting of training is out of its range.
+    """
     from nni_plugin.adapters.training import TrainingConfig
     from nni_plugin.job import Job
 

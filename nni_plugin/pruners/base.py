@@ -25,10 +25,10 @@ from nni.compression.base.setting import PruningSetting
 from nni.compression.base.wrapper import ModuleWrapper
 from nni.compression.pruning.tools import is_active_target
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
 
 from nni_plugin.adapters.torch_pruning.graph import find_groups
 from nni_plugin.compensation import fold_factors
+from nni_plugin.cost import on_device_of
 from nni_plugin.criteria.base import Criterion
 from nni_plugin.errors import ConfigError
 from nni_plugin.plan import GroupPlan, PruningPlan
@@ -178,9 +178,7 @@ class ChannelMaskPruner(Pruner):  # type: ignore[misc]
                 stacklevel=4,
             )
             return None
-        device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
-        inputs = tuple(inputs) if isinstance(inputs, list) else inputs
-        return tree_map(lambda value: value.to(device) if isinstance(value, Tensor) else value, inputs)
+        return on_device_of(model, inputs)
 
     # -- NNI's steps from data to masks ------------------------------------------------------------------
 

@@ -79,6 +79,8 @@ def _blocks(model: nn.Module, group: ChannelGroup) -> Tensor | None:
     """Return the block of each channel, where all tied layers of a group divide it into the same equal blocks."""
     found: Tensor | None = None
     for member in group.members:
+        if len(torch.bincount(member.channel, minlength=group.width).unique()) > 1:
+            return None  # it holds only some of the channels, and an order may not carry others in
         if member.ties is None:
             continue
         layer = model.get_submodule(member.path)
@@ -128,12 +130,13 @@ def note_orders(model: nn.Module, plan: PruningPlan, orders: Iterable[Order]) ->
         plan: The plan.
         orders: The orders that were taken before.
     """
+    digest = plan.digest
     for order in orders:
         for member in order.group.members:
             folded = _folded(model, member)
             for piece in member.slices:
                 noted = CUTS.get(tensor_of(model, piece.tensor), [])
-                if not noted or noted[-1].digest != plan.digest or not noted[-1].shape:
+                if not noted or noted[-1].digest != digest or not noted[-1].shape:
                     continue
                 last = noted[-1]
                 if piece.tensor == folded:
@@ -162,10 +165,7 @@ def _by_block(weight: Tensor, order: Order) -> Tensor:
 
 def _change(piece: Slice, order: Order, size: int) -> Tensor:
     """Return the old position at each new one of a dimension; a channel may hold several."""
-    positions: list[list[int]] = [[] for _ in range(len(order.source))]
-    for position, channel in zip(piece.index.tolist(), piece.channel.tolist(), strict=True):
-        positions[channel].append(position)
+    held = piece.index[piece.channel.argsort(stable=True)].reshape(len(order.source), -1)
     result = torch.arange(size)
-    for new, old in enumerate(order.source.tolist()):
-        result[positions[new]] = torch.tensor(positions[old], dtype=torch.int64)
+    result[held.flatten()] = held[order.source].flatten()
     return result

@@ -93,7 +93,8 @@ class ModelSpeedup:
 
     Attributes:
         plan: The plan that was applied; `carry_optimizer(optimizer, speedup.plan)` takes an optimizer along. None
-            before :meth:`speedup_model`.
+            before :meth:`speedup_model`. Channels of grouped layers may be put into another order first; the plan then
+            counts in that order, and `plan.provenance["reordered"]` has the old channel at each place, by group.
         report: What became of the masks, None before.
 
     Raises:
@@ -164,7 +165,8 @@ class ModelSpeedup:
             expected = self._outputs()
             orders = self._line_up(groups, expected)
             plan, verdicts, groups = self._plan(groups)
-            plan = replace(plan, cost_before=before)
+            reordered = {order.group.name: order.source.tolist() for order in orders}
+            plan = replace(plan, cost_before=before, provenance={**plan.provenance, "reordered": reordered})
             constants = Constants(model, plan, groups)
             with constants.listening():
                 self._outputs()
@@ -228,9 +230,9 @@ class ModelSpeedup:
 
     def _zeros_left(self, plan: PruningPlan) -> int:
         """Count the masked weights that no cut has taken away."""
-        left = 0
+        left, digest = 0, plan.digest
         for name, mask in self.masks.items():
-            cuts = [cut for cut in CUTS.get(tensor_of(self.model, name), []) if cut.digest == plan.digest]
+            cuts = [cut for cut in CUTS.get(tensor_of(self.model, name), []) if cut.digest == digest]
             left += int((~sliced(mask, cuts[-1].keep if cuts else {})).sum())
         return left
 

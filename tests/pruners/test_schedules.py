@@ -13,6 +13,7 @@ from nni.compression import TorchEvaluator
 from nni.compression.pruning import AGPPruner, LinearPruner
 from nni.compression.quantization import QATQuantizer
 from nni_task import BATCH, CONVS, Training, data, evaluator_of, gone, resnet, sparsity, step
+from torch import nn
 
 from nni_plugin.adapters.torch_pruning.graph import find_groups
 from nni_plugin.errors import ConfigError, CriterionError
@@ -87,6 +88,57 @@ def test_what_is_masked_stays_masked() -> None:
     scheduled.compress(max_steps=16, max_epochs=None)
     assert all(earlier <= later for earlier, later in itertools.pairwise(seen))
     assert len(seen[-1]) == 16
+
+
+def test_what_is_masked_stays_masked_though_its_weights_become_the_largest() -> None:
+    model, training = resnet(), Training()
+    pruner = L1NormPruner(model, CONVS, evaluator_of(model, training))
+    scheduled = LinearPruner(pruner, interval_steps=2, total_times=2)
+    first: list[int] = []
+
+    def grow(steps: int) -> None:
+        if steps == 2:
+            first.extend(gone(scheduled.get_masks(), LAYER))
+            with torch.no_grad():
+                model.get_submodule(LAYER)._nni_wrapper.weight[first] *= 1000
+
+    training.after_step = grow
+    _, masks = scheduled.compress(max_steps=4, max_epochs=None)
+    assert len(first) == 8
+    assert set(first) < set(gone(masks, LAYER))
+
+
+@pytest.mark.parametrize("method", [TaylorFOPruner, OraclePruner])
+def test_each_interval_scores_the_masked_network_anew(method: Any) -> None:
+    model, training = resnet(), Training()
+    pruner = method(model, CONVS, evaluator_of(model, training), 4)
+    scheduled = LinearPruner(pruner, interval_steps=4, total_times=2)
+    masked: list[nn.Module] = []
+
+    def copy_masked(steps: int) -> None:
+        if steps == 4:
+            plain = resnet()
+            for name, targets in scheduled.get_masks().items():
+                for target, mask in targets.items():
+                    if mask is not None:
+                        getattr(plain.get_submodule(name), target).data.mul_(mask)
+            masked.append(plain)
+
+    training.after_step = copy_masked
+    scheduled.compress(max_steps=8, max_epochs=None)
+    (plain,) = masked
+    images, target = data()
+    groups = [group for group in find_groups(plain, images[:1]) if group.name in pruner.scores]
+    criterion = method.default_criterion()
+    criterion.loss_fn = lambda network, batch: step(batch, network)
+    with criterion.collect(plain, groups):
+        for i in range(0, len(images), BATCH):
+            plain.zero_grad()
+            batch = (images[i : i + BATCH], target[i : i + BATCH])
+            step(batch, plain).backward()
+            criterion.update(batch)
+    for group in groups:
+        assert torch.allclose(criterion(group), pruner.scores[group.name], rtol=1e-9, atol=1e-15), group.name
 
 
 def test_the_window_is_the_end_of_the_interval() -> None:

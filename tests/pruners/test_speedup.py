@@ -118,7 +118,9 @@ def test_unread_channels_leave(model):
     for mask in masks.values():
         mask["weight"][:, [4, 7]] = 0
     reference = masked(model, masks)
-    assert speed_up(model, masks).plan.kept()["conv1"] == (0, 1, 2, 3, 5, 6)
+    speedup = speed_up(model, masks)
+    assert speedup.plan.kept()["conv1"] == (0, 1, 2, 3, 5, 6)
+    assert not speedup.report.inexact
     assert difference(model, reference) < 1e-5
 
 

@@ -169,6 +169,9 @@ def test_scattered_masks_of_grouped_layers_line_up(transposed):
     assert (model.conv1.out_channels, model.conv2.in_channels, model.conv2.groups) == (6, 6, 3)
     assert (model.conv2.out_channels, model.conv3.in_channels) == (9, 9)
     assert relative_difference(model, reference, images) < 1e-12
+    order = speedup.plan.provenance["reordered"]["conv1"]
+    gone = [order[i] for i in range(12) if i not in speedup.plan.kept()["conv1"]]
+    assert set(gone) < set(SCATTERED["conv1"])
     (verdict,) = speedup.report.left
     assert (verdict.name, verdict.asked, verdict.removed) == ("conv1", 7, 6)
     assert "1 are tied to channels that stay" in verdict.reason
