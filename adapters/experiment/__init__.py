@@ -2,6 +2,6 @@
 
 from nni_plugin.adapters.experiment.config import TUNERS, Request, check_request, command_line
 from nni_plugin.adapters.experiment.server import Running, started
-from nni_plugin.adapters.experiment.trials import Trial
+from nni_plugin.adapters.experiment.trials import CANCELED, Trial
 
-__all__ = ["TUNERS", "Request", "Running", "Trial", "check_request", "command_line", "started"]
+__all__ = ["CANCELED", "TUNERS", "Request", "Running", "Trial", "check_request", "command_line", "started"]

@@ -69,7 +69,7 @@ def check_request(tuner: str, training_service: Path | None) -> None:
         raise ExperimentError('NNI is not installed; experiments need pip install "nni-plugin[nni,train]".')
     if tuner not in TUNERS:
         broken = " NNI's GP and Metis stop with an error under today's SciPy." if tuner in _BROKEN else ""
-        raise ExperimentError(f"tuner: expected one of {', '.join(TUNERS)}, got {tuner!r}.{broken}")
+        raise ExperimentError(f"tuner={tuner!r} is none of {', '.join(TUNERS)}.{broken}")
     if training_service is not None:
         _training_service(training_service)
 
@@ -110,7 +110,7 @@ def nni_config(request: Request) -> Any:
         )
         config.validate()
     except (AssertionError, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
-        raise ExperimentError(f"NNI does not take this experiment: {error or type(error).__name__}") from error
+        raise ExperimentError(f"NNI does not take this experiment: {str(error) or type(error).__name__}") from error
     return config
 
 
@@ -126,10 +126,12 @@ def _training_service(path: Path) -> tuple[Any, dict[str, Any]]:
         raise ExperimentError(f"training_service: cannot read {str(path)!r}: {error.strerror or error}.") from error
     except (yaml.YAMLError, ValueError) as error:
         raise ExperimentError(f"training_service: {str(path)!r} is not YAML: {error}.") from error
-    plain = {str(key).replace("_", "").lower(): value for key, value in content.items()} if _is(content) else {}
-    section = plain.get("trainingservice", content)
+    # NNI reads its keys without regard to case and underscores.
+    top = content if isinstance(content, dict) else {}
+    plain: dict[str, Any] = {str(key).replace("_", "").lower(): value for key, value in top.items()}
+    section: Any = plain.get("trainingservice", content)
     parts = section if isinstance(section, list) and section else [section]
-    if not all(_is(part) and "platform" in part for part in parts):
+    if not all(isinstance(part, dict) and "platform" in part for part in parts):
         raise ExperimentError(
             f"training_service: {str(path)!r}: expected a training service of NNI, a mapping with the key platform "
             f"(local, remote, openpai, ...), or an NNI experiment with trainingService, got {content!r}."
@@ -138,7 +140,3 @@ def _training_service(path: Path) -> tuple[Any, dict[str, Any]]:
         return section, {}
     names = {"nnimanagerip": "nni_manager_ip", "sharedstorage": "shared_storage", "trialgpunumber": "trial_gpu_number"}
     return section, {name: plain[key] for key, name in names.items() if key in plain}
-
-
-def _is(content: Any) -> bool:
-    return isinstance(content, dict)

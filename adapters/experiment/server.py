@@ -9,9 +9,9 @@ while it was being started, processes of the experiment may be left; all of them
 
 from __future__ import annotations
 
+import json
 import logging
 import os
-import shlex
 import socket
 import threading
 from collections.abc import Iterator
@@ -106,7 +106,7 @@ def _start(host: Any, port: int, log: Path) -> None:
         host.start(port)
     except (OSError, RuntimeError, ValueError) as error:
         if "not idle" in str(error):
-            raise ExperimentError(f"port {port} is taken; choose another --port, or none for a free one.") from error
+            raise ExperimentError(f"port={port} is taken; choose another one, or none for any that is free.") from error
         raise ExperimentError(f"NNI's server does not start ({error}); its logs: {log}") from error
 
 
@@ -155,7 +155,8 @@ def _environment(*, private: bool) -> Iterator[None]:
     """Let a process of Node.js that is started in the block keep to this machine."""
     before = os.environ.get("NODE_OPTIONS")
     if private:
-        os.environ["NODE_OPTIONS"] = f"{before or ''} --require {shlex.quote(str(_LOOPBACK))}".strip()
+        # Node.js reads its options with JSON's quotes.
+        os.environ["NODE_OPTIONS"] = f"{before or ''} --require {json.dumps(str(_LOOPBACK))}".strip()
     try:
         yield
     finally:

@@ -10,6 +10,9 @@ from typing import Any
 RUNNING = ("UNKNOWN", "WAITING", "RUNNING")
 """What NNI calls a trial that is not over. Over are SUCCEEDED, FAILED, USER_CANCELED, SYS_CANCELED, EARLY_STOPPED."""
 
+CANCELED = "USER_CANCELED"
+"""What NNI calls a trial that was running when its user ended the experiment."""
+
 
 @dataclass(frozen=True)
 class Trial:

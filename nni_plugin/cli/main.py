@@ -13,10 +13,16 @@ from typing import Any, NoReturn
 
 import jsonargparse
 
-from nni_plugin.cli import correlate, export, measure, prune
+from nni_plugin.cli import correlate, experiment, export, measure, prune
 from nni_plugin.errors import NNIPluginError
 
-COMMANDS: dict[str, ModuleType] = {"prune": prune, "measure": measure, "export": export, "correlate": correlate}
+COMMANDS: dict[str, ModuleType] = {
+    "prune": prune,
+    "measure": measure,
+    "export": export,
+    "correlate": correlate,
+    "experiment": experiment,
+}
 """Each has `DESCRIPTION`, `add_arguments(parser)` and `run(arguments, command_line)`."""
 
 DONE, BAD_INPUT, INTERRUPTED = 0, 2, 130
