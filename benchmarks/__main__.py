@@ -21,6 +21,7 @@ from nni_plugin.benchmarks import (
     correlations,
     fashion_mnist,
     joint_removal,
+    nni_drop_in,
     obs_scale,
     oracle_speed,
     resnet20_table4,
@@ -43,6 +44,7 @@ BENCHMARKS: dict[str, ModuleType] = {
     "oracle_speed": oracle_speed,
     "obs_scale": obs_scale,
     "scoring_memory": scoring_memory,
+    "nni_drop_in": nni_drop_in,
 }
 """Each has `run(**options)`, whose typed arguments are its options, and may have `render(result)` for a page of
 Markdown and `plot(result, path)` for its figure."""

@@ -7,7 +7,7 @@ import os
 import resource
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,15 +30,23 @@ def highest() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def in_a_process(module: str, arguments: Sequence[object], threads: int = 1) -> Any:
+def in_a_process(
+    module: str, arguments: Sequence[object], threads: int = 1, environment: Mapping[str, str] | None = None
+) -> Any:
     """Run a module as a program and return what it prints on its last line, read as JSON.
+
+    Args:
+        module: Its import name.
+        arguments: Of the command line.
+        threads: Of torch.
+        environment: Variables to set besides.
 
     Raises:
         NNIPluginError: It failed.
     """
-    environment = {**os.environ, **_PLAIN_MALLOC, "OMP_NUM_THREADS": str(threads)}
+    variables = {**os.environ, **_PLAIN_MALLOC, "OMP_NUM_THREADS": str(threads), **(environment or {})}
     command = [sys.executable, "-m", module, *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    done = subprocess.run(command, capture_output=True, text=True, env=variables)
     if done.returncode != 0:
         said = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
         raise NNIPluginError(f"Measuring {' '.join(map(str, arguments))} failed: {said[-1]}")

@@ -9,9 +9,11 @@ from __future__ import annotations
 import csv
 import io
 import json
+import shlex
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +23,7 @@ import yaml
 from safetensors.torch import save_file
 
 from nni_plugin.adapters.data import create_loaders
-from nni_plugin.adapters.experiment import CANCELED, Request, Running, Trial, command_line, started
+from nni_plugin.adapters.experiment import CANCELED, Request, Running, Trial, command_line, runs_here, started
 from nni_plugin.adapters.training import evaluate, fit
 from nni_plugin.channel_pruner import ChannelPruner
 from nni_plugin.errors import ExperimentError
@@ -195,14 +197,16 @@ def _run(
     wanted: ExperimentJob, code: Path, results: Path, say: Callable[[str], None]
 ) -> tuple[list[Trial], BaseException | None]:
     """Run the trials; returns them, and what ended them before their time."""
-    local = wanted.training_service is None
+    local = runs_here(wanted.training_service)
     settings = code / "settings.yaml"
     if wanted.trial_command is None:
         # Elsewhere the code folder is copied, and its path is another one.
         here = settings if local else settings.name
         command = command_line("trial.py", here, results, f"{wanted.macs_price:g}", local=local)
     else:
-        command = wanted.trial_command.replace("{settings}", str(settings)).replace("{results}", str(results))
+        command = wanted.trial_command
+        for word, path in {"{settings}": settings, "{results}": results}.items():
+            command = command.replace(word, shlex.quote(str(path)))
     request = Request(
         search_space=wanted.search_space,
         command=command,
@@ -221,10 +225,15 @@ def _run(
         with started(request) as running:
             say(_where(running))
             say(f"maximised: {wanted.objective}")
-            for trials in _watched(running, say):
-                _keep_best(results, trials)
-                if _hopeless(trials):
-                    break
+            try:
+                for trials in _watched(running, say):
+                    _keep_best(results, trials)
+                    if _hopeless(trials):
+                        break
+            except KeyboardInterrupt as interrupt:
+                ending = interrupt
+                with suppress(ExperimentError):  # a trial may have ended in the last second
+                    trials = running.trials()
     except (ExperimentError, KeyboardInterrupt) as error:
         ending = error
     return [trial if trial.is_over else replace(trial, status=CANCELED) for trial in trials], ending
@@ -235,15 +244,18 @@ def _watched(running: Running, say: Callable[[str], None]) -> Iterator[list[Tria
     said: set[str] = set()
     while True:
         status, trials = running.status(), running.trials()
+        yield trials
         for trial in trials:
             if trial.is_over and trial.id not in said:
                 said.add(trial.id)
                 say(_line(trial))
-        yield trials
-        if status in ("DONE", "STOPPED"):
+        # A tuner that has tried all that there is to try ends the trials, but never the experiment.
+        exhausted = status == "TUNER_NO_MORE_TRIAL" and all(trial.is_over for trial in trials)
+        if status in ("DONE", "STOPPED") or exhausted:
             return
-        if status == "ERROR":
-            raise ExperimentError(f"NNI ended the experiment with an error; its logs: {running.log}")
+        broken = all(trial.is_over for trial in trials) and running.tuner_error()
+        if status == "ERROR" or broken:
+            raise ExperimentError(f"NNI's tuner failed ({broken or 'no reason given'}); its logs: {running.log}")
         time.sleep(1.0)
 
 
@@ -278,12 +290,13 @@ def _hopeless(trials: list[Trial]) -> bool:
 
 
 def _no_success(trials: list[Trial]) -> ExperimentError:
-    if not trials:
-        return ExperimentError("NNI ran no trial at all.")
-    last = trials[-1]
-    words = last.last_words() if last.status == "FAILED" else "it reported no final result"
+    over = [trial for trial in trials if trial.is_over and trial.status != CANCELED]
+    if not over:
+        return ExperimentError("NNI ended the experiment before any trial was over.")
+    last = over[-1]
+    words = last.last_words() if last.status == "FAILED" else "no final result"
     return ExperimentError(
-        f"No trial succeeded ({len(trials)} were run); the last said: {words or 'nothing'}. Its logs: {last.log}"
+        f"No trial succeeded ({len(over)} were run); the last ended with: {words or 'nothing'}. Its logs: {last.log}"
     )
 
 

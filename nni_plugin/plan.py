@@ -18,6 +18,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from nni_plugin.errors import PlanError
+from nni_plugin.renumbering import Renumbering
 
 if TYPE_CHECKING:
     from torch import nn
@@ -124,12 +125,17 @@ class PruningPlan:
     Args:
         groups: One entry per prunable group, in the order of the network's modules, also where nothing
             is removed.
-        removed_blocks: Qualified names of whole blocks that become the identity.
+        removed_blocks: Names of whole blocks that become the identity, as `layers.removable_blocks` gives them.
         model: How to build the dense network again, if known.
         cost_before: MACs of one sample and number of parameters of the dense network.
         cost_after: The same of the pruned one, as counted on it.
         predicted_loss_change: The method's own prediction, in units of the loss.
         provenance: Method, seed, data, budget, versions: whatever tells where the plan comes from.
+        shells: Those of the removed blocks in whose place an identity stays, as nothing can move up there. Applying a
+            plan finds them: they stand in the plan that the pruned network carries, `model.pruning_plan`.
+
+    All names are those of the dense network, also of channel groups behind a removed block. Where both are removed,
+    the groups are those of the network without the blocks.
     """
 
     groups: tuple[GroupPlan, ...]
@@ -139,11 +145,16 @@ class PruningPlan:
     cost_after: Cost | None = None
     predicted_loss_change: float | None = None
     provenance: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    shells: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        """Refuse two entries for one group."""
+        """Refuse two entries for one group or block."""
         object.__setattr__(self, "groups", tuple(self.groups))
         object.__setattr__(self, "removed_blocks", tuple(self.removed_blocks))
+        object.__setattr__(self, "shells", tuple(self.shells))
+        if len(set(self.removed_blocks)) != len(self.removed_blocks):
+            twice = next(b for b in self.removed_blocks if self.removed_blocks.count(b) > 1)
+            raise PlanError(f"Block {twice!r} is removed twice in one plan; name it once.")
         names = [group.name for group in self.groups]
         if len(set(names)) != len(names):
             twice = next(n for n in names if names.count(n) > 1)
@@ -171,7 +182,7 @@ class PruningPlan:
         return {group.name: group.kept for group in self.groups}
 
     def apply(self, model: nn.Module, example_inputs: Any) -> nn.Module:
-        """Remove the channels from `model`, in place.
+        """Remove the blocks and channels from `model`, in place.
 
         Args:
             model: The dense network the plan was made for (or another of the same architecture).
@@ -193,15 +204,18 @@ class PruningPlan:
         """Compose with a plan made on the pruned network, into one plan on the dense network.
 
         Args:
-            later: A plan whose groups have the widths that this one leaves; it may name further ones.
+            later: A plan whose groups have the widths that this one leaves; it may name further ones. Its names are
+                those of the pruned network, where blocks may have moved up. Compose with `model.pruning_plan` if
+                `shells` may matter.
 
         Returns:
-            One plan that does both; provenance and cost after are the later plan's.
+            One plan that does both, in the names of the dense network; provenance and cost after are the later plan's.
 
         Raises:
             PlanError: The widths of the two plans do not meet.
         """
-        second = {group.name: group for group in later.groups}
+        dense = Renumbering(self.removed_blocks, self.shells)
+        second = {dense.before(group.name): replace(group, name=dense.before(group.name)) for group in later.groups}
         names = {group.name for group in self.groups}
         groups = []
         for first in self.groups:
@@ -228,11 +242,16 @@ class PruningPlan:
                     step.score_range,
                 )
             )
-        groups += [group for group in later.groups if group.name not in names]
+        groups += [group for name, group in second.items() if name not in names]
+        blocks = [dense.block_before(block) for block in later.removed_blocks]
+        # A branch that left first leaves once more with the block around it.
+        earlier = [b for b in self.removed_blocks if not any(b.startswith(f"{around}.") for around in blocks)]
+        shells = [*self.shells, *map(dense.block_before, later.shells)]
         return replace(
             later,
             groups=tuple(groups),
-            removed_blocks=(*self.removed_blocks, *later.removed_blocks),
+            removed_blocks=(*earlier, *blocks),
+            shells=tuple(block for block in shells if block in earlier or block in blocks),
             model=self.model,
             cost_before=self.cost_before,
         )
@@ -256,7 +275,10 @@ class PruningPlan:
         lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
         lines.insert(1, "  ".join("-" * width for width in widths))
         total = self.channels_removed + self.channels_kept
-        lines.append(f"{self.channels_removed} of {total} coupled channels removed")
+        blocks = len(self.removed_blocks)
+        said = [f"{self.channels_removed} of {total} coupled channels"] * bool(total or not blocks)
+        said += [f"{blocks} block{'s' * (blocks > 1)}"] * bool(blocks)
+        lines.append(f"{' and '.join(said)} removed")
         if self.cost_before is not None and self.cost_after is not None:
             lines.append(f"{self.cost_before} -> {self.cost_after}")
         return "\n".join(line.rstrip() for line in lines)
@@ -267,6 +289,7 @@ class PruningPlan:
             "schema_version": SCHEMA_VERSION,
             "groups": [asdict(group) for group in self.groups],
             "removed_blocks": list(self.removed_blocks),
+            "shells": list(self.shells),
             "model": None if self.model is None else self.model.to_dict(),
             "cost_before": None if self.cost_before is None else asdict(self.cost_before),
             "cost_after": None if self.cost_after is None else asdict(self.cost_after),
@@ -303,6 +326,7 @@ class PruningPlan:
                 cost_after=None if after is None else Cost(**after),
                 predicted_loss_change=None if change is None else _number(change),
                 provenance=dict(data.get("provenance") or {}),
+                shells=tuple(str(b) for b in _sequence(data.get("shells", []))),
             )
         except (KeyError, TypeError, ValueError, OverflowError, IndexError) as error:
             raise PlanError(f"Damaged plan: {type(error).__name__}: {error}.") from error

@@ -13,6 +13,7 @@ unknowns a layer. No labels, no gradients.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -25,11 +26,16 @@ from tqdm import tqdm
 from nni_plugin.adapters.torch_pruning import find_groups, kept_outputs
 from nni_plugin.adapters.torch_pruning.surgery import check_fit
 from nni_plugin.cost import on_device_of
+from nni_plugin.criteria.gates import accumulable
 from nni_plugin.errors import DataError, PlanError, SurgeryError
 from nni_plugin.side_by_side import SideBySide
 
 RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 """What the ridge is chosen from, in units of the mean square of the inputs."""
+
+
+EXACT = 1024
+"""Most inputs of a layer for which sums over rows are in double precision; above, that would be what takes the time."""
 
 
 @torch.no_grad()
@@ -152,7 +158,9 @@ def _rows(
             outputs.append(y)
         if len(inputs[-1]) != len(outputs[-1]) or outputs[-1].shape[1] != width:
             raise SurgeryError(f"Layer {path!r} does not give the same outputs in both networks.")
-    rows, targets = torch.cat(inputs).double(), torch.cat(outputs).double()
+    rows, targets = accumulable(torch.cat(inputs)), accumulable(torch.cat(outputs))
+    if rows.shape[1] <= EXACT:
+        rows, targets = rows.double(), targets.double()
     if not bool(torch.isfinite(rows).all() and torch.isfinite(targets).all()):
         raise DataError(f"What layer {path!r} reads or gives is not finite: look at the data.")
     return rows, targets
@@ -180,37 +188,51 @@ def _solve(layer: nn.Module, rows: Tensor, targets: Tensor) -> float:
     """Put the least-squares weights into a layer where they are better on held-out rows; return the error left."""
     weight, bias = layer.weight, layer.bias
     assert isinstance(weight, Tensor)
-    start = weight.detach().double().flatten(1)
+    start = weight.detach().to(rows).flatten(1)
     if isinstance(bias, Tensor):
         rows = torch.cat([rows, rows.new_ones(len(rows), 1)], 1)
-        start = torch.cat([start, bias.detach().double()[:, None]], 1)
+        start = torch.cat([start, bias.detach().to(rows)[:, None]], 1)
     held_out = torch.arange(len(rows), device=rows.device) >= len(rows) * 4 // 5  # the last images
     missing = targets - rows @ start.T
     before = float(missing[held_out].square().sum())
-
-    def change(at: Tensor) -> Callable[[float], Tensor]:
-        """Return the weights' change for a ridge, by the smaller of the two linear systems."""
-        x, y = rows[at], missing[at]
-        wide = x.shape[1] > len(x)
-        gram = x @ x.T if wide else x.T @ x
-        scale = float(x.square().sum() / x.shape[1])
-
-        def of(ridge: float) -> Tensor:
-            system = gram.clone()
-            system.diagonal().add_(ridge * scale + 1e-12)
-            solution: Tensor = x.T @ torch.linalg.solve(system, y) if wide else torch.linalg.solve(system, x.T @ y)
-            return solution.T
-
-        return of
-
-    fitted = change(~held_out)
-    errors = {ridge: float((missing[held_out] - rows[held_out] @ fitted(ridge).T).square().sum()) for ridge in RIDGES}
+    fitted = _LeastSquares(rows[~held_out], missing[~held_out])
+    errors = {ridge: float((missing[held_out] - rows[held_out] @ fitted(ridge)).square().sum()) for ridge in RIDGES}
     best = min(errors, key=errors.__getitem__)
     if not errors[best] < before:
         return 1.0
-    new = start + change(torch.ones_like(held_out))(best)
+    new = start + fitted.extended(rows[held_out], missing[held_out])(best).T
     if isinstance(bias, Tensor):
         bias.copy_(new[:, -1])
         new = new[:, :-1]
     weight.copy_(new.reshape(weight.shape))
     return errors[best] / before
+
+
+class _LeastSquares:
+    """Ridge regression for any ridge, by the smaller of its two linear systems, which is set up once.
+
+    Sums over rows are in the precision of the rows, systems are solved in double precision.
+    """
+
+    def __init__(self, x: Tensor, y: Tensor) -> None:
+        self.x, self.y = x, y
+        self.wide = x.shape[1] > len(x)
+        self.gram = x @ x.T if self.wide else x.T @ x
+        self.right = y if self.wide else x.T @ y
+
+    def extended(self, x: Tensor, y: Tensor) -> _LeastSquares:
+        """Return the problem with further rows."""
+        both = torch.cat([self.x, x]), torch.cat([self.y, y])
+        if self.wide:
+            return _LeastSquares(*both)
+        other = copy.copy(self)
+        other.x, other.y = both
+        other.gram, other.right = self.gram + x.T @ x, self.right + x.T @ y
+        return other
+
+    def __call__(self, ridge: float) -> Tensor:
+        """Return the solution, `[inputs, outputs]`, for a ridge in units of the mean square of the inputs."""
+        system = self.gram.double()
+        system.diagonal().add_(ridge * float(self.x.double().square().sum()) / self.x.shape[1] + 1e-12)
+        solution = torch.cholesky_solve(self.right.double(), torch.linalg.cholesky(system)).to(self.x)
+        return self.x.T @ solution if self.wide else solution

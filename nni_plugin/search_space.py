@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import math
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -120,7 +121,7 @@ def _check(name: str, spec: Any) -> None:
     wanted = 3 if kind.startswith("q") else 2
     whole = kind == "randint"
     numbers = [item for item in value if isinstance(item, int if whole else (int, float))]
-    numbers = [item for item in numbers if not isinstance(item, bool)]
+    numbers = [item for item in numbers if not isinstance(item, bool) and math.isfinite(item)]
     words = f"_value of {kind} is {wanted} {'integers' if whole else 'numbers'}"
     if len(value) != wanted or len(numbers) != wanted or (wanted == 3 and value[2] <= 0):
         raise ExperimentError(

@@ -31,7 +31,7 @@ def plans(draw: Any) -> PruningPlan:
     kwargs = st.dictionaries(st.text(max_size=5), st.integers() | st.text(max_size=5) | st.none() | st.booleans())
     return PruningPlan(
         tuple(draw(group_plans(name)) for name in names),
-        tuple(draw(st.lists(st.text(min_size=1, max_size=5), max_size=2))),
+        tuple(draw(st.lists(st.text(min_size=1, max_size=5), unique=True, max_size=2))),
         draw(st.none() | st.builds(ModelIdentity, st.just("timm"), st.text(min_size=1, max_size=9), kwargs)),
         draw(costs),
         draw(costs),
@@ -282,7 +282,7 @@ def test_explain() -> None:
     assert lines[2].split() == ["conv1", "5/8", "0.125", "..", "2", "75.0", "%"]
     assert lines[3].split() == ["layer1.conv", "3/4", "25.0", "%"]
     assert lines[4].split() == ["layer2.0", "removed"]
-    assert "4 of 12 coupled channels removed" in lines[5]
+    assert "4 of 12 coupled channels and 1 block removed" in lines[5]
     assert "2 M MACs" in lines[6]
     assert "1 M MACs" in lines[6]
 

@@ -53,11 +53,6 @@ class Request:
     port: int | None = None
     name: str = "nni-plugin"
 
-    @property
-    def local(self) -> bool:
-        """Whether trials run on this machine, as far as the user has not said otherwise."""
-        return self.training_service is None
-
 
 def check_request(tuner: str, training_service: Path | None) -> None:
     """Check what can be checked before anything is started.
@@ -72,6 +67,16 @@ def check_request(tuner: str, training_service: Path | None) -> None:
         raise ExperimentError(f"tuner={tuner!r} is none of {', '.join(TUNERS)}.{broken}")
     if training_service is not None:
         _training_service(training_service)
+
+
+def runs_here(training_service: Path | None) -> bool:
+    """Tell whether trials run on this machine.
+
+    Raises:
+        ExperimentError: The file is no training service.
+    """
+    section = {"platform": "local"} if training_service is None else _training_service(training_service)[0]
+    return all(part["platform"] == "local" for part in (section if isinstance(section, list) else [section]))
 
 
 def command_line(*words: str | Path, local: bool = True) -> str:

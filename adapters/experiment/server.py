@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import socket
 import threading
 from collections.abc import Iterator
@@ -22,7 +23,7 @@ from typing import Any
 
 import psutil
 
-from nni_plugin.adapters.experiment.config import Request, nni_config
+from nni_plugin.adapters.experiment.config import Request, nni_config, runs_here
 from nni_plugin.adapters.experiment.trials import Trial, trial_of
 from nni_plugin.errors import ExperimentError
 
@@ -71,6 +72,18 @@ class Running:
                 addresses |= {s.laddr.ip for s in sockets if s.status == "LISTEN" and s.laddr.port == self.port}
         return bool(addresses) and addresses <= {"127.0.0.1", "::1", "::ffff:127.0.0.1"}
 
+    def tuner_error(self) -> str:
+        """Return the first error that the tuner has logged, or an empty text.
+
+        NNI goes on after one as if nothing had happened, and waits for trials that never come.
+        """
+        try:
+            text = (self.log / "dispatcher.log").read_text(errors="replace")
+        except OSError:
+            return ""
+        found = re.search(r"^\[[^]]*\] ERROR \([^)]*\)\)? (.*)$", text, re.MULTILINE)
+        return found[1] if found else ""
+
     @contextmanager
     def _answered(self) -> Iterator[None]:
         try:
@@ -94,7 +107,7 @@ def started(request: Request) -> Iterator[Running]:
     log = Path(host.config.canonical_copy().experiment_working_directory, host.id, "log")
     port = request.port or _free_port()
     try:
-        with _environment(private=request.local):
+        with _environment(private=runs_here(request.training_service)):
             _start(host, port, log)
         yield Running(host, log)
     finally:

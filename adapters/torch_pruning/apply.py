@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
 
+from nni_plugin.adapters.torch_pruning.blocks import channel_part, check_units, note_removed
 from nni_plugin.adapters.torch_pruning.graph import find_groups
 from nni_plugin.adapters.torch_pruning.surgery import cut_channels
-from nni_plugin.adapters.torch_pruning.verify import verify
+from nni_plugin.adapters.torch_pruning.verify import Parity, verify, verify_with_blocks
 from nni_plugin.cost import call
-from nni_plugin.errors import SurgeryError
+from nni_plugin.errors import PlanError, SurgeryError
 from nni_plugin.groups import ChannelGroup
+from nni_plugin.layers.removal import Removal, find_removal
 from nni_plugin.plan import PruningPlan
 
 
@@ -26,45 +31,92 @@ def apply_plan(
     groups: Iterable[ChannelGroup] | None = None,
     check: bool = True,
 ) -> nn.Module:
-    """Remove a plan's channels from a network, in place; on any error the network is unchanged.
+    """Remove a plan's blocks and channels from a network, in place; on any error the network is unchanged.
 
     Args:
         model: The dense network that the plan is for.
         plan: What to keep.
         example_inputs: Inputs to trace the network with, and to prove the plan on.
-        groups: The network's groups where they are known already; None finds them.
+        groups: The network's groups where they are known already; None finds them. Not used with blocks, without
+            which the groups are others.
         check: Compare with the masked network on a copy first; without it the network is only run.
 
     Returns:
-        The same object. Its attribute `pruning_plan` is the plan (composed with earlier ones).
+        The same object. Its attribute `pruning_plan` is the plan (with its `shells`, composed with earlier ones).
 
     Raises:
         PlanError: The plan names a group that the network does not have, or of another width, or one that
-            must stay whole, or blocks.
+            must stay whole, or a block that cannot be removed.
         SurgeryError: The smaller network does not run, or does not compute what the masked one does.
     """
+    if plan.removed_blocks:
+        return _apply_with_blocks(model, plan, example_inputs, check)
     found = list(find_groups(model, example_inputs) if groups is None else groups)
     if check:
-        parity = verify(model, plan, example_inputs, groups=found)
-        if not parity.ok:
-            raise SurgeryError(f"{parity}. The model is unchanged; plan with the layers at fault in `ignore`.")
+        _prove(verify(model, plan, example_inputs, groups=found))
     if plan.channels_removed == 0 and not any(group.factors for group in plan.groups):
         warnings.warn("The plan removes nothing: the network stays as it is.", stacklevel=3)
-    earlier = getattr(model, "pruning_plan", None)
-    composed = plan if earlier is None else earlier.then(plan)
-    undo = cut_channels(model, plan, found)
-    try:
+    composed = _composed(model, plan)
+    with _put_back_on_error() as stack:
+        stack.callback(cut_channels(model, plan, found))
         _run(model, example_inputs)
-    except BaseException as error:
-        undo()
-        if not isinstance(error, Exception):
-            raise
-        raise SurgeryError(
-            f"The network does not run without the channels of this plan ({type(error).__name__}: {error}). It has "
-            "been put back as it was; plan with the layers at fault in `ignore`."
-        ) from error
     model.pruning_plan = composed  # type: ignore[assignment]
     return model
+
+
+def _apply_with_blocks(model: nn.Module, plan: PruningPlan, example_inputs: Any, check: bool) -> nn.Module:
+    """Take the blocks out, then the channels of what remains."""
+    removal = find_removal(model, plan.removed_blocks, example_inputs)
+    check_units(model, removal, getattr(model, "pruning_plan", None), example_inputs)
+    if check:
+        _prove(verify_with_blocks(model, plan, removal, example_inputs))
+    composed = _composed(model, replace(plan, shells=removal.shells))
+    before = dict.fromkeys(model.parameters(), "")
+    # Channels are found on the smaller network, those rooted in a block on the whole one: both are needed at once.
+    rest, groups = _channel_part(plan, removal, model, example_inputs)
+    with _put_back_on_error() as stack:
+        stack.callback(removal.perform(model))
+        stack.callback(note_removed(before, model, plan.digest))
+        stack.callback(cut_channels(model, rest, groups, digest=plan.digest))
+        _run(model, example_inputs)
+    model.pruning_plan = composed  # type: ignore[assignment]
+    return model
+
+
+def _channel_part(
+    plan: PruningPlan, removal: Removal, model: nn.Module, example_inputs: Any
+) -> tuple[PruningPlan, list[ChannelGroup]]:
+    if not plan.groups:
+        return channel_part(plan, removal, model, model, example_inputs)
+    slim = copy.deepcopy(model)
+    removal.perform(slim)
+    return channel_part(plan, removal, model, slim, example_inputs)
+
+
+def _prove(parity: Parity) -> None:
+    if not parity.ok:
+        raise SurgeryError(f"{parity}. The model is unchanged; plan with the layers at fault in `ignore`.")
+
+
+def _composed(model: nn.Module, plan: PruningPlan) -> PruningPlan:
+    earlier = getattr(model, "pruning_plan", None)
+    return plan if earlier is None else earlier.then(plan)
+
+
+@contextmanager
+def _put_back_on_error() -> Iterator[ExitStack]:
+    """Collect what undoes the steps of a cut; undo them, the latest first, when one of them fails."""
+    with ExitStack() as stack:
+        try:
+            yield stack
+        except PlanError:
+            raise
+        except Exception as error:
+            raise SurgeryError(
+                f"The network does not run without the channels and blocks of this plan ({type(error).__name__}: "
+                f"{error}). It has been put back as it was; plan with the layers at fault in `ignore`."
+            ) from error
+        stack.pop_all()
 
 
 def _run(model: nn.Module, example_inputs: Any) -> None:

@@ -1,4 +1,4 @@
-"""Carry an optimizer over a cut: its moments are sliced exactly as their parameters were."""
+"""Carry an optimizer over a cut: its moments are sliced exactly as their parameters were, those of blocks leave."""
 
 from __future__ import annotations
 
@@ -7,13 +7,15 @@ import warnings
 from torch import Tensor
 from torch.optim import Optimizer
 
-from nni_plugin.adapters.torch_pruning.surgery import CUTS, sliced
+from nni_plugin.adapters.torch_pruning.surgery import CUTS, REMOVED, sliced
 from nni_plugin.errors import SurgeryError
 from nni_plugin.plan import PruningPlan
 
 
 def carry_optimizer(optimizer: Optimizer, plan: PruningPlan) -> Optimizer:
     """Slice an optimizer's state (momentum, Adam's moments, ...) by a plan that has been applied.
+
+    Parameters of removed blocks leave the optimizer; their parameter groups stay, empty ones too, for schedulers.
 
     Args:
         optimizer: The optimizer of the network that the plan was applied to. Parameters are still the same
@@ -28,13 +30,24 @@ def carry_optimizer(optimizer: Optimizer, plan: PruningPlan) -> Optimizer:
     """
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     cuts = {parameter: cut for parameter in parameters for cut in CUTS.get(parameter, []) if cut.digest == plan.digest}
-    if not cuts and (plan.channels_removed or any(group.factors for group in plan.groups)):
+    gone = {parameter for parameter in parameters if plan.digest in REMOVED.get(parameter, [])}
+    effective = plan.channels_removed or plan.removed_blocks or any(group.factors for group in plan.groups)
+    if not cuts and not gone and effective:
         raise SurgeryError(
             "None of the optimizer's parameters was cut by this plan. Apply it first (plan.apply), to the network "
             "that this optimizer trains; the optimizer is unchanged."
         )
+    for group in optimizer.param_groups:
+        staying = [i for i, parameter in enumerate(group["params"]) if parameter not in gone]
+        for key in ("params", "param_names"):
+            if key in group:
+                group[key] = [group[key][i] for i in staying]
+    for parameter in gone:
+        optimizer.state.pop(parameter, None)
     afresh = 0
     for parameter, cut in cuts.items():
+        if not cut.keep and tuple(parameter.shape) == cut.shape:
+            continue
         state = optimizer.state.get(parameter, {})
         if all(_follows(value, (cut.shape, tuple(parameter.shape))) for value in state.values()):
             for key, value in state.items():

@@ -39,17 +39,23 @@ class Cut:
 CUTS: WeakIdKeyDictionary = WeakIdKeyDictionary()
 """Every cut of every living parameter, oldest first: `dict[Parameter, list[Cut]]`, held weakly."""
 
+REMOVED: WeakIdKeyDictionary = WeakIdKeyDictionary()
+"""The digests of the plans that took a living parameter out of its network: `dict[Parameter, list[str]]`."""
+
 
 def check_fit(plan: PruningPlan, groups: Iterable[ChannelGroup]) -> None:
     """Check that a plan is for the network that these groups were found on.
 
     Raises:
         PlanError: It names a group that is not there, or of another width, or one that must stay whole, parts
-            channels that go together, or removes blocks.
+            channels that go together, or removes blocks, without which the groups are others.
     """
     found = {group.name: group for group in groups}
     if plan.removed_blocks:
-        raise PlanError(f"This version removes channels only; the plan also removes blocks {plan.removed_blocks}.")
+        raise PlanError(
+            f"Only channels can be removed here; the plan also removes blocks {', '.join(plan.removed_blocks)}. Apply "
+            "the whole plan with plan.apply(model, example_inputs)."
+        )
     for entry in plan.groups:
         group = found.get(entry.name)
         if group is None:
@@ -69,13 +75,16 @@ def check_fit(plan: PruningPlan, groups: Iterable[ChannelGroup]) -> None:
             raise PlanError(f"Group {entry.name!r}: the plan parts channels that go together. The model is unchanged.")
 
 
-def cut_channels(model: nn.Module, plan: PruningPlan, groups: Iterable[ChannelGroup]) -> Any:
+def cut_channels(
+    model: nn.Module, plan: PruningPlan, groups: Iterable[ChannelGroup], *, digest: str | None = None
+) -> Any:
     """Slice every tensor of a network by a plan, in place, without running it.
 
     Args:
         model: The network that `groups` was found on (or an equal one, e.g. its moving average).
         plan: What to keep; groups not named keep everything.
         groups: The network's coupled groups.
+        digest: Digest of the plan that this one is a part of; None takes its own.
 
     Returns:
         A function that puts everything back.
@@ -83,7 +92,7 @@ def cut_channels(model: nn.Module, plan: PruningPlan, groups: Iterable[ChannelGr
     Raises:
         PlanError: The plan does not fit; nothing is changed.
     """
-    groups = list(groups)
+    groups, digest = list(groups), digest or plan.digest
     check_fit(plan, groups)
     keep = _positions_to_keep(model, plan, groups)
     factors = _factors(model, plan, groups)
@@ -97,7 +106,7 @@ def cut_channels(model: nn.Module, plan: PruningPlan, groups: Iterable[ChannelGr
             shape[dim] = -1
             data = data * factor.to(data).reshape(shape)
         new[name] = sliced(data, keep.get(name, {}))
-        cuts[name] = Cut(plan.digest, tuple(old.shape), keep.get(name, {}))
+        cuts[name] = Cut(digest, tuple(old.shape), keep.get(name, {}))
     sizes = _sizes(model, plan, groups)
     return _commit(model, new, cuts, sizes)
 

@@ -1,4 +1,4 @@
-"""Prove a plan: the network with the plan's channels held at zero against the compact one."""
+"""Prove a plan: the network with the plan's channels and blocks held at zero against the compact one."""
 
 from __future__ import annotations
 
@@ -10,11 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from nni_plugin.adapters.torch_pruning.blocks import channel_part
 from nni_plugin.adapters.torch_pruning.graph import find_groups
 from nni_plugin.adapters.torch_pruning.surgery import check_fit, cut_channels
 from nni_plugin.cost import call, tensors_in
 from nni_plugin.errors import SurgeryError
 from nni_plugin.groups import ChannelGroup
+from nni_plugin.layers.removal import Removal, find_removal
 from nni_plugin.masks import mask_plan
 from nni_plugin.plan import PruningPlan
 from nni_plugin.tensors import CHANNEL_NORMS
@@ -69,16 +71,20 @@ def verify(
         model_before: The dense network; copied twice, itself untouched.
         plan: The plan to prove, with its factors.
         example_inputs: One tensor `[N, ...]`, or a tuple or dict of inputs.
-        groups: The network's groups where they are known already; None finds them.
+        groups: The network's groups where they are known already; None finds them. Not used with blocks.
         tolerance: Largest accepted relative difference.
 
     Returns:
-        The differences; `.ok` says whether they are acceptable.
+        The differences; `.ok` says whether they are acceptable. With blocks the larger ones of two steps: all layers
+        of the blocks at zero against the network without them, then its channels.
 
     Raises:
         PlanError: The plan does not fit the network.
         SurgeryError: One of the two networks gives other outputs in number or shape, or does not run.
     """
+    if plan.removed_blocks:
+        removal = find_removal(model_before, plan.removed_blocks, example_inputs)
+        return verify_with_blocks(model_before, plan, removal, example_inputs, tolerance=tolerance)
     found = list(find_groups(model_before, example_inputs) if groups is None else groups)
     check_fit(plan, found)
     masked, compact = copy.deepcopy(model_before), copy.deepcopy(model_before)
@@ -86,6 +92,32 @@ def verify(
     mask_plan(masked, plan, found)
     cut_channels(compact, plan, found)
     renormalised = _renormalise(masked, compact, plan, found)
+    return Parity(*_difference(masked, compact, example_inputs), tolerance, renormalised)
+
+
+def verify_with_blocks(
+    model_before: nn.Module,
+    plan: PruningPlan,
+    removal: Removal,
+    example_inputs: Any,
+    *,
+    tolerance: float = TOLERANCE,
+) -> Parity:
+    """Do what :func:`verify` does with a plan that removes blocks, where it is known how they leave."""
+    held, slim = copy.deepcopy(model_before), copy.deepcopy(model_before)
+    removal.perform(slim)
+    with removal.held(held):
+        parity = Parity(*_difference(held, slim, example_inputs), tolerance)
+    rest, groups = channel_part(plan, removal, model_before, slim, example_inputs)
+    if not rest.groups:
+        return parity
+    channels = verify(slim, rest, example_inputs, groups=groups, tolerance=tolerance)
+    largest = max(parity.max_abs, channels.max_abs), max(parity.max_rel, channels.max_rel)
+    return Parity(*largest, tolerance, channels.renormalised)
+
+
+def _difference(masked: nn.Module, compact: nn.Module, example_inputs: Any) -> tuple[float, float]:
+    """Return the largest difference of the outputs of two networks, and the same over the largest output."""
     try:
         expected, got = (_outputs(network, example_inputs) for network in (masked, compact))
     except Exception as error:  # whatever a network of the user's raises
@@ -98,7 +130,7 @@ def verify(
     largest = max((float(a.abs().max()) for a in expected if a.numel()), default=0.0)
     difference = max((_distance(a, b) for a, b in zip(expected, got, strict=True) if a.numel()), default=0.0)
     relative = 0.0 if difference == 0 else difference / largest if largest else float("inf")
-    return Parity(difference, relative, tolerance, renormalised)
+    return difference, relative
 
 
 def _distance(a: Tensor, b: Tensor) -> float:

@@ -174,7 +174,7 @@ class ChannelMaskPruner(Pruner):  # type: ignore[misc]
         if inputs is None:
             warnings.warn(
                 f"{type(self).__name__} has nothing to trace {type(model).__name__} with, so layers are pruned one by "
-                "one and coupled layers will not share masks: give example_inputs or an evaluator.",
+                "one and share masks only where a dependency_group_id says so: give example_inputs or an evaluator.",
                 stacklevel=4,
             )
             return None

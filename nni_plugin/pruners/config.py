@@ -2,8 +2,9 @@
 
 The keys and their meaning are NNI 3.0's. Its own check says only that something does not fit its schema, and passes
 over an entry that selects nothing. The older form (`sparsity`, `total_sparsity`, `exclude: True`) is turned into the
-present one here, since NNI does so only where the first entry is an old one. `internal_metric_block` is taken and not
-needed: which channels the groups of a convolution tie together is found with the layers that share them.
+present one here, since NNI does so only where the first entry is an old one. `internal_metric_block` counts only where
+there are no inputs to trace the network with: else the channels that the groups of a convolution tie together are found
+with the layers that share them.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ SETTINGS = (
     "apply_method",
     "align",
 )
+_RATIOS = ("sparse_ratio", "sparse_threshold")
 _OLD_RATIOS = ("sparsity", "sparsity_per_layer", "total_sparsity")
 _OLD = {"max_sparsity_per_layer": "max_sparse_ratio"}
 _UNCHANGED = "The model is unchanged."
@@ -90,6 +92,9 @@ def check_config(model: nn.Module, config_list: Any, known_types: Collection[str
         _check_settings(entry, number, f"config_list[{number}]")
         selected |= left
         excluded |= found - left
+        if any(key in entry.get("target_settings", {}).get("weight", {}) for key in _RATIOS):
+            for key in _RATIOS:  # the target's comes first; NNI's schema refuses to see two
+                entry.pop(key, None)
         if outside:
             entry["exclude_op_names"] = sorted({*entry.get("exclude_op_names", ()), *outside})
         kept.append(entry)
@@ -180,7 +185,7 @@ def _check_settings(entry: Mapping[str, Any], number: int, where: str) -> None:
             if key not in SETTINGS:
                 raise ConfigError(f"{place} has {key!r}, which is no setting{_like(key, SETTINGS)}. {_UNCHANGED}")
         _check_values(settings, place)
-        if target != "weight" and any(settings.get(key) is not None for key in ("sparse_ratio", "sparse_threshold")):
+        if target != "weight" and any(settings.get(key) is not None for key in _RATIOS):
             raise ConfigError(
                 f"{place} asks for sparsity of {target!r}; whole channels are chosen by 'weight' alone, and other "
                 f"targets follow it (align). {_UNCHANGED}"
@@ -197,7 +202,7 @@ def _check_values(settings: Mapping[str, Any], where: str) -> None:
     def fail(key: str, what: str) -> ConfigError:
         return ConfigError(f"{where}[{key!r}] must be {what}, got {settings[key]!r}. {_UNCHANGED}")
 
-    for key in ("sparse_ratio", "sparse_threshold"):
+    for key in _RATIOS:
         value = settings.get(key)
         if value is not None and (not isinstance(value, float) or not math.isfinite(value)):
             raise fail(key, "a float (0.5, not an integer or a string)")
@@ -215,6 +220,9 @@ def _check_values(settings: Mapping[str, Any], where: str) -> None:
     for key in ("global_group_id", "dependency_group_id"):
         if not isinstance(settings.get(key, ""), (int, str, type(None))):
             raise fail(key, "an integer or a string")
+    blocks = settings.get("internal_metric_block")
+    if blocks is not None and (isinstance(blocks, bool) or not isinstance(blocks, int) or blocks < 1):
+        raise fail("internal_metric_block", "an integer of at least 1")
     if settings.get("granularity", "default") not in ("default", "out_channel", None):
         raise fail("granularity", "'default' or 'out_channel': these pruners remove whole output channels")
     align = settings.get("align")

@@ -7,7 +7,7 @@ whole. The network's output keeps its width whatever is selected.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -126,10 +126,19 @@ def couple(
     return coupled, notes
 
 
-def lone_groups(model: nn.Module, layers: Iterable[str]) -> list[ChannelGroup]:
-    """Return a group for each layer alone, as if nothing were coupled."""
+def lone_groups(model: nn.Module, spaces: Mapping[str, Any]) -> list[ChannelGroup]:
+    """Return a group for each layer alone, as if nothing were coupled.
+
+    Args:
+        model: The network, unwrapped.
+        spaces: The weight's target space of each layer. Its `internal_metric_block` is the number of blocks of
+            channels, one behind the other, that lose the same number each: here the same places.
+
+    Raises:
+        ConfigError: A layer's channels do not fill so many blocks.
+    """
     groups = []
-    for path in sorted(layers):
+    for path in sorted(spaces):
         layer = model.get_submodule(path)
         places = places_of(layer, "out")
         weight = next(place for place in places if place.tensor == "weight")
@@ -140,6 +149,14 @@ def lone_groups(model: nn.Module, layers: Iterable[str]) -> list[ChannelGroup]:
         index = torch.arange(width)
         slices = tuple(Slice(f"{path}.{p.tensor}", p.dim, index[: p.period], index[: p.period]) for p in places)
         period = tie_period(layer, "out")
+        blocks = spaces[path].internal_metric_block or 1
+        if width % blocks:
+            raise ConfigError(
+                f"internal_metric_block {blocks} of {path!r} does not divide its {width} channels. The model is "
+                "unchanged."
+            )
+        if period is None and blocks > 1:
+            period = width // blocks
         ties = None if period is None else index % period
         member = Member(path, "out", kind_of(layer), index, index, slices, ties, writer=True)
         groups.append(ChannelGroup(path, width, (member,)))

@@ -77,7 +77,7 @@ def parameter_masks(model: nn.Module, masks: Mapping[str, Mapping[str, Tensor]])
         model: The network, unwrapped; left as it is.
         masks: By module and target: a parameter's name, with a mask of its shape; `_input_0` of a convolution or linear
             layer, or `_output_0` of these and of normalisations, with a mask of whole channels (`[C]`, or the
-            activation's shape with 1 or its size elsewhere).
+            activation's shape with 1 or its size elsewhere). On other modules only masks of ones, which say nothing.
 
     Returns:
         One boolean mask a parameter, True where it is kept, by the qualified name of the first of its owners.
@@ -134,6 +134,8 @@ def _of_activation(where: str, layer: nn.Module, target: str, kept: Tensor) -> d
     kind = kind_of(layer)
     places = [p for p in places_of(layer, axis) if isinstance(getattr(layer, p.tensor), nn.Parameter)] if kind else []
     if not places or (axis == "in" and kind != "dense"):
+        if bool(kept.all()):
+            return {}
         raise MaskError(
             f"The {where} cannot be held by weights: inputs may be masked of convolutions and linear layers, outputs "
             "of these and of normalisations with affine parameters. Mask the layer before it instead. The model is "

@@ -129,8 +129,8 @@ BAD = {
     "no tensor": ({"0": {"bias": [1, 1, 0, 1]}}, r"'bias' of module '0' is list"),
     "no parameter": ({"2": {"weight": torch.ones(4)}}, r"'weight' of module '2' is for no parameter"),
     "a buffer": ({"1": {"running_mean": torch.ones(4)}}, r"'running_mean' of module '1' is for no parameter"),
-    "an activation's": ({"2": {"_output_0": torch.ones(1, 4, 1, 1)}}, r"'_output_0' of module '2' cannot be held"),
-    "a norm's input": ({"1": {"_input_0": torch.ones(1, 4, 1, 1)}}, r"'_input_0' of module '1' cannot be held"),
+    "an activation's": ({"2": {"_output_0": torch.zeros(1, 4, 1, 1)}}, r"'_output_0' of module '2' cannot be held"),
+    "a norm's input": ({"1": {"_input_0": torch.zeros(1, 4, 1, 1)}}, r"'_input_0' of module '1' cannot be held"),
     "parts of channels": ({"0": {"_output_0": torch.eye(4)[None, :, None]}}, r"'_output_0' of module '0' masks parts"),
     "width": ({"0": {"_output_0": torch.ones(1, 5, 1, 1)}}, r"'_output_0' .* expected 4 channels along dimension 1"),
 }
