@@ -232,7 +232,7 @@ class _LeastSquares:
 
     def __call__(self, ridge: float) -> Tensor:
         """Return the solution, `[inputs, outputs]`, for a ridge in units of the mean square of the inputs."""
-        system = self.gram.double()
+        system = self.gram.to(torch.float64, copy=True)
         system.diagonal().add_(ridge * float(self.x.double().square().sum()) / self.x.shape[1] + 1e-12)
         solution = torch.cholesky_solve(self.right.double(), torch.linalg.cholesky(system)).to(self.x)
         return self.x.T @ solution if self.wide else solution
