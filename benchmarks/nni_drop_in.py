@@ -52,6 +52,7 @@ def run(
     training_steps: int = 4,
     ratio: float = 0.5,
     hash_seeds: tuple[int, ...] = (0, 1, 2),
+    threads: int = 1,
 ) -> dict[str, Any]:
     """Go NNI's way with every network and method; returns costs, differences and seconds.
 
@@ -63,19 +64,23 @@ def run(
         training_steps: Optimizer steps over which Taylor scores are gathered.
         ratio: Share to remove, of every convolution, or of all together.
         hash_seeds: Values of PYTHONHASHSEED for the ratio over the whole of the first network; none: leave it out.
+        threads: Of torch, for the seconds.
     """
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
     torch.manual_seed(0)
     batch = (torch.randn(images, 3, size, size), torch.arange(images) % 10)
     cases = {n: {m: measure(NETWORKS[n](), m, batch, training_steps, ratio) for m in methods} for n in networks}
+    torch.set_num_threads(before)
     arguments = (networks[0], size, images, training_steps, ratio)
     shares = {
         method: {
-            str(seed): in_a_process(_PROGRAM, (method, *arguments), environment={"PYTHONHASHSEED": str(seed)})
+            str(seed): in_a_process(_PROGRAM, (method, *arguments), threads, {"PYTHONHASHSEED": str(seed)})
             for seed in hash_seeds
         }
         for method in GLOBAL
     }
-    settings = {"size": size, "images": images, "training_steps": training_steps, "ratio": ratio}
+    settings = {"size": size, "images": images, "training_steps": training_steps, "ratio": ratio, "threads": threads}
     return {"settings": settings, "tolerance": TOLERANCE, "cases": cases, "global": shares}
 
 
@@ -188,7 +193,9 @@ def _step(batch: tuple[Tensor, Tensor], model: nn.Module) -> Tensor:
 def _sparsity(masks: dict[str, dict[str, Any]]) -> float:
     """Return the masked share of the weights of convolutions."""
     weights = [of["weight"] for of in masks.values() if of["weight"] is not None and of["weight"].dim() == 4]
-    return sum(float((mask == 0).sum()) for mask in weights) / sum(mask.numel() for mask in weights)
+    masked = sum(int((mask == 0).sum()) for mask in weights)
+    total = sum(int(mask.numel()) for mask in weights)
+    return masked / total
 
 
 def render(result: dict[str, Any]) -> str:
@@ -199,7 +206,8 @@ def render(result: dict[str, Any]) -> str:
         "",
         f"`compress()`, `unwrap_model()`, our `ModelSpeedup`, output against the masked network, backward pass; "
         f"{asked['ratio']:.0%} of every convolution, images of {asked['size']} x {asked['size']}, random weights and "
-        f"normalisations. The output counts as equal up to {result['tolerance']:g} of the largest; *left*: masked channels that stayed.",
+        f"normalisations, CPU, {asked['threads']} thread(s). The output counts as equal up to "
+        f"{result['tolerance']:g} of the largest; *left*: masked channels that stayed.",
         "",
         "| network | pruner | MACs before, M | after | kept | difference | equal | left | masks, s | speed-up, s |",
         "|---|---|--:|--:|--:|--:|---|--:|--:|--:|",
@@ -239,6 +247,5 @@ def _shares(methods: dict[str, dict[str, Any]]) -> list[str]:
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
-    kind, network, *rest = sys.argv[1:]
-    print(json.dumps(whole_network(network, kind, *(int(word) for word in rest[:3]), float(rest[3]))))
+    kind, network, side, many, steps, share = sys.argv[1:]
+    print(json.dumps(whole_network(network, kind, int(side), int(many), int(steps), float(share))))

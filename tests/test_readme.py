@@ -16,8 +16,9 @@ def test_python_blocks_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     scope: dict[str, object] = {}
     for block in blocks:
         exec(compile(block, "README.md", "exec"), scope)
-    assert len(blocks) == 3
+    assert len(blocks) == 4
     assert (tmp_path / "out/resnet18/model.safetensors").is_file()
+    assert scope["speedup"].plan.cost_after.macs < 0.5 * scope["speedup"].plan.cost_before.macs  # type: ignore[attr-defined]
     assert scope["plan"].channels_kept * 2 <= scope["plan"].channels_kept + scope["plan"].channels_removed  # type: ignore[attr-defined]
 
 

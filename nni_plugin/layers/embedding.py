@@ -75,16 +75,23 @@ class Embedder:
         target_length: Length `T` that vectors should have.
 
     Attributes:
+        width: Number of channels, where the layers do not tell which dimension holds them; None where they do.
         means_only: Whether one place is left, so that maps of different form (an image, and windows of it) compare.
     """
 
     def __init__(self, layers: Sequence[nn.Module], target_length: int) -> None:
         self.target_length = target_length
+        self.width: int | None = None
         self.means_only = False
         self._layers = layers
-        self._channels_last: dict[int, bool] = {}  # by the number of dimensions
-        self._size: dict[int, tuple[int, ...]] = {}
+        self._size: dict[int, tuple[int, ...]] = {}  # by the number of spatial dimensions
         self._matrix: tuple[tuple[int, ...], Tensor] | None = None
+
+    def holds_channels_last(self, output: Tensor) -> bool:
+        """Tell whether the last dimension of an output holds its channels, not the second."""
+        if self.width is not None:
+            return output.shape[-1] == self.width
+        return is_channels_last(self._layers, output.shape)
 
     def __call__(self, output: Tensor, samples: int) -> Tensor:
         """Pool and flatten an output.
@@ -100,36 +107,31 @@ class Embedder:
         Raises:
             CriterionError: The output holds no rows of samples, or has more than three spatial dimensions.
         """
-        form = output.dim()
-        if not 2 <= form <= 2 + len(_POOL) or samples == 0 or output.shape[0] % samples:
+        spatial = output.dim() - 2
+        if not 0 <= spatial <= len(_POOL) or samples == 0 or output.shape[0] % samples:
             raise CriterionError(
                 f"Expected an output with {samples} samples as rows and 3 spatial dimensions at most, got one of shape "
                 f"{tuple(output.shape)}."
             )
-        if form not in self._size:
-            is_last = self._channels_last[form] = is_channels_last(self._layers, output.shape)
-            width, places = output.shape[-1 if is_last else 1], _places(output, is_last)
-            self._size[form] = (1,) * len(places) if self.means_only else pooled_size(width, places, self.target_length)
-        vectors = self._pooled(output, self._channels_last[form], self._size[form]).flatten(1)
+        is_last = self.holds_channels_last(output)
+        places = tuple(output.shape[1:-1] if is_last else output.shape[2:])
+        if spatial not in self._size:
+            width = output.shape[-1 if is_last else 1]
+            self._size[spatial] = (1,) * spatial if self.means_only else pooled_size(width, places, self.target_length)
+        vectors = self._pooled(output, is_last, places, self._size[spatial]).flatten(1)
         vectors = vectors.float() if vectors.dtype in (torch.float16, torch.bfloat16) else vectors
         windows = output.shape[0] // samples
         return vectors if windows == 1 else vectors.unflatten(0, (samples, windows)).mean(1)
 
-    def _pooled(self, output: Tensor, is_last: bool, size: tuple[int, ...]) -> Tensor:
-        """Return the output at fewer places, its channels in the last dimension or in the second."""
-        places = _places(output, is_last)
-        if places == size:
-            return output
-        if math.prod(size) > _FEW:
-            return _POOL[len(size)](output.movedim(-1, 1) if is_last else output, size)  # type: ignore[arg-type]
+    def _pooled(self, output: Tensor, is_last: bool, places: tuple[int, ...], size: tuple[int, ...]) -> Tensor:
+        """Return the output at fewer places, `[N, C, ...]`."""
+        if places == size or math.prod(size) > _FEW:
+            maps = output.movedim(-1, 1) if is_last else output
+            return maps if places == size else _POOL[len(size)](maps, size)  # type: ignore[arg-type]
         if self._matrix is None or self._matrix[0] != places:
             self._matrix = places, pooling_matrix(places, size).to(output)
         matrix = self._matrix[1]
-        return matrix.T @ output.flatten(1, -2) if is_last else output.flatten(2) @ matrix
-
-
-def _places(output: Tensor, is_last: bool) -> tuple[int, ...]:
-    return tuple(output.shape[1:-1] if is_last else output.shape[2:])
+        return (matrix.T @ output.flatten(1, -2)).transpose(1, 2) if is_last else output.flatten(2) @ matrix
 
 
 def pooling_matrix(places: Sequence[int], size: Sequence[int]) -> Tensor:

@@ -62,5 +62,5 @@ def _before(model: nn.Module, place: str, leaving: Sequence[Block]) -> str | Non
     earlier = [other for other in keys[: keys.index(key)] if other in staying]
     if not earlier:
         return None if staying else container
-    inner = f"{prefix}{earlier[-1]}{place.removeprefix(block.name)}"
+    inner = f"{prefix}{earlier[-1]}{place.removeprefix(block.members[0])}"
     return inner if any(name == inner for name, _ in model.named_modules()) else prefix + earlier[-1]

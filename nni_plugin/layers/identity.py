@@ -32,6 +32,8 @@ def stand_in(model: nn.Module, example_inputs: Any) -> tuple[nn.Module, Any]:
     """
     network = copy.deepcopy(model).eval()
     generator = torch.Generator().manual_seed(0)
+    # A prime number of values, repeated: cheap for the largest layers, and no two rows are equal.
+    normal = torch.randn(65537, generator=generator)
     tensors = {**dict(network.named_parameters()), **dict(network.named_buffers())}
     with torch.no_grad():
         for name, tensor in tensors.items():
@@ -41,7 +43,9 @@ def stand_in(model: nn.Module, example_inputs: Any) -> tuple[nn.Module, Any]:
             if tensor.dim() <= 1:
                 drawn = torch.rand(tensor.shape, generator=generator) + 0.5
             else:
-                drawn = torch.randn(tensor.shape, generator=generator) / (tensor.numel() / tensor.shape[0]) ** 0.5
+                repeats = -(-tensor.numel() // len(normal))
+                drawn = normal.repeat(repeats)[: tensor.numel()].view(tensor.shape)
+                drawn = drawn / (tensor.numel() / tensor.shape[0]) ** 0.5
             tensor.copy_(drawn)
     for parameter in network.parameters():
         parameter.requires_grad_(parameter.is_floating_point())

@@ -4,8 +4,9 @@ After a block the signal is its output, or what it adds plus what it got, for a 
 it, the signal is mostly what an earlier block gave: then that is read only once. Which it is shows on the first pass:
 the very tensor that came out goes in.
 
-A branch is taken to begin with the stream (or with the norm of it that belongs to the branch alone). Where it works on
-windows of the stream, so that the two cannot be added place by place, both are reduced to their channels' means.
+A branch is taken to begin with the stream (or with the norm of it that belongs to the branch alone). Its
+output may be a transposed stream; where it is made of windows of the stream, which cannot be added place by place, both
+are reduced to their channels' means.
 """
 
 from __future__ import annotations
@@ -101,8 +102,7 @@ class StreamPoints:
                 raise CriterionError(f"Block {self.blocks[i].name!r} was given no tensor.")
             if not self._known:
                 self.before[i] = self._point_before(signal)
-                is_reshaped = tuple(signal.shape[1:]) != tuple(self.blocks[i].shape)  # an image, cut into windows
-                self._embed[i].means_only = self.blocks[i].kind == "branch" and is_reshaped
+                self._compare_forms(i, signal)
             point = self.before[i]
             own = point if point is not None and point >= len(self.blocks) else None
             if own is not None or self.blocks[i].kind == "branch":
@@ -111,6 +111,14 @@ class StreamPoints:
                 self._visit(own, self._got[i])
 
         return enter
+
+    def _compare_forms(self, i: int, signal: Tensor) -> None:
+        """Have a branch whose output has another form than the stream embedded like the stream."""
+        block, embed = self.blocks[i], self._embed[i]
+        given, got = tuple(block.shape), tuple(signal.shape[1:])
+        if block.kind == "branch" and given != got:
+            embed.width = signal.shape[-1 if embed.holds_channels_last(signal) else 1]
+            embed.means_only = sorted(given) != sorted(got)  # not transposed only: cut into windows
 
     def _point_before(self, signal: Tensor) -> int | None:
         if not self._left and not self._stem:
@@ -132,7 +140,11 @@ class StreamPoints:
             vectors = self._embed[i](tensor, self._samples)
             got = self._got.pop(i, None)
             if self.blocks[i].kind == "branch":
-                assert got is not None
+                if got is None or got.shape != vectors.shape:
+                    raise CriterionError(
+                        f"Branch {self.blocks[i].name!r} gives {tuple(tensor.shape)}, which cannot be added to what it "
+                        "got: its first member must read the stream."
+                    )
                 vectors = vectors + got  # pooling is linear: the pooled sum
             else:
                 self._latest = tensor, tensor._version, i

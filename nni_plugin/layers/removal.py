@@ -3,9 +3,10 @@
 Where a block lies in an `nn.Sequential` or an `nn.ModuleList` the container gets shorter and those behind it move up:
 the network is then the one that its own class would build with fewer blocks, and its state dict has that one's names.
 That needs a forward function which goes through the container and does not count: a Sequential that is called does;
-of any other container it is tried out, shortened against holding identities, on drawn weights. Where it differs, and
-where a block is a named attribute, an identity stays in its place; at the end of a branch zeros do. timm's
-`feature_info` follows. Stochastic depth is an attribute of each block: those that stay keep their rates.
+of anything else (also of a module that goes through its own children, as timm's RegNet stages do) it is tried out,
+shortened against holding identities, on drawn weights. Where it differs, and where a block is an attribute called by
+name, an identity stays in its place; at the end of a branch zeros do. timm's `feature_info` follows. Stochastic depth
+is an attribute of each block: those that stay keep their rates.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from nni_plugin.layers.shells import put_shells
 from nni_plugin.layers.trace import CallRecord, main_tensor
 from nni_plugin.layers.units import is_sequential
 from nni_plugin.renumbering import Renumbering
+from nni_plugin.tensors import NORMS
 
 
 @dataclass(frozen=True)
@@ -112,7 +114,7 @@ def find_removal(model: nn.Module, names: Iterable[str], example_inputs: Any) ->
     for block in blocks:
         path = block.members[0].rpartition(".")[0]
         container = model.get_submodule(path)
-        if block.name in branches or not _is_container(container):
+        if block.name in branches or not _may_shrink(container):
             continue
         called = is_sequential(container) and found.records[path].count > 0
         (sure if called else unsure).append(block)
@@ -150,11 +152,11 @@ def _check_apart(blocks: Iterable[Block]) -> None:
                 )
 
 
-def _is_container(module: nn.Module) -> bool:
-    """Tell whether children can leave a module and those behind move up: keys are 0, 1, 2, ... or no numbers at all."""
+def _may_shrink(module: nn.Module) -> bool:
+    """Tell whether the names of a module's children allow it: 0, 1, 2, ... in a container, or no numbers at all."""
     keys = list(module._modules)
-    numbered = keys == [str(i) for i in range(len(keys))]
-    return isinstance(module, (nn.Sequential, nn.ModuleList)) and (numbered or not any(k.isdecimal() for k in keys))
+    numbered = isinstance(module, (nn.Sequential, nn.ModuleList)) and keys == [str(i) for i in range(len(keys))]
+    return numbered or not any(key.isdecimal() for key in keys)
 
 
 def _those_that_shrink(
@@ -169,16 +171,26 @@ def _those_that_shrink(
         kept, shortened = copy.deepcopy(network), copy.deepcopy(network)
         Removal(tuple(here), tuple(block.name for block in here), records).perform(kept)
         Removal(tuple(here), (), records).perform(shortened)
-        with torch.no_grad():
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
             expected = tensors_in(call(kept, inputs))
             try:
                 got = tensors_in(call(shortened, inputs))
+                call(_in_training(shortened), inputs)  # which may go another way
             except FORWARD_ERRORS:
                 return False
         return len(expected) == len(got) and all(map(torch.equal, expected, got))
 
     good = containers if shrinks(containers) else {path for path in containers if shrinks({path})}
     return [block for block in blocks if block.name.rpartition(".")[0] in good]
+
+
+def _in_training(network: nn.Module) -> nn.Module:
+    """Put a network into training mode but for its norms, which refuse a batch of one sample."""
+    network.train()
+    for module in network.modules():
+        if isinstance(module, NORMS):
+            module.eval()
+    return network
 
 
 def _above(path: str) -> str:

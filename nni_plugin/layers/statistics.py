@@ -13,6 +13,7 @@ writes them, alone.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
@@ -29,6 +30,9 @@ from nni_plugin.layers.base import LayerImportance, LossFn
 from nni_plugin.layers.blocks import Block
 from nni_plugin.layers.trace import eval_mode
 from nni_plugin.scorer import Scorer
+
+_ROUNDING = 1e-6
+"""Relative difference below which scores are told apart by rounding only."""
 
 _WRITES = ("dense", "norm", "depthwise", "embedding")
 
@@ -100,7 +104,9 @@ class LayerStatistic(LayerImportance):
 
     Args:
         criterion: One of `nni_plugin.criteria` (what it has collected before is forgotten), or a stock importance; see
-            `nni_plugin.methods.create_criterion`.
+            `nni_plugin.methods.create_criterion`. One that normalises scores within a layer says little: divided by
+            their mean (most of Torch-Pruning's) all layers are alike, and divided by their norm (`FeatureMap`) a layer
+            of `C` channels has a mean of at most `1/sqrt(C)`, which makes wide layers leave first.
 
     Attributes:
         layers: The groups that each block was scored by, as their names by the block's; of the last scoring.
@@ -108,8 +114,14 @@ class LayerStatistic(LayerImportance):
 
     def __init__(self, criterion: Criterion | Callable[[Any], Any]) -> None:
         self.criterion = criterion
-        self.needs_batches = self.needs_loss = Scorer(criterion).needs_data
+        scorer = Scorer(criterion)
+        self.needs_batches = self.needs_loss = scorer.needs_data
+        self._text = str(scorer)
         self.layers: dict[str, list[str]] = {}
+
+    def __str__(self) -> str:
+        """Name the criterion and its options."""
+        return self._text
 
     def _score(
         self,
@@ -129,16 +141,32 @@ class LayerStatistic(LayerImportance):
         chosen = {block.name: groups_inside(block, groups) for block in blocks}
         for block in blocks:
             if not chosen[block.name]:
-                if is_stock:
-                    raise CriterionError(
-                        f"Block {block.name!r} has no coupled channels of its own, and a stock importance scores only "
-                        "whole groups; leave the block out, or use one of nni_plugin.criteria."
-                    )
+                self._check_can_score_alone(block)
                 chosen[block.name] = [written_last(model, example_inputs, block, groups)]
         self.layers = {name: [group.name for group in inside] for name, inside in chosen.items()}
         every = {group.name: group for inside in chosen.values() for group in inside}
         scores = score_groups(model, list(every.values()), self.criterion, batches, loss_fn or _no_loss)
-        return {name: mean_of_layer_means(_known(name, inside, scores)) for name, inside in chosen.items()}
+        found = {name: mean_of_layer_means(_known(name, inside, scores)) for name, inside in chosen.items()}
+        if len(found) > 1 and max(found.values()) - min(found.values()) <= _ROUNDING * max(map(abs, found.values())):
+            warnings.warn(
+                f"{self} scores all {len(found)} blocks alike, so that the order of the network "
+                "decides. Does it normalise within each layer?",
+                stacklevel=3,
+            )
+        return found
+
+    def _check_can_score_alone(self, block: Block) -> None:
+        """Refuse criteria that cannot score one writer of channels that others write as well."""
+        reason = None
+        if not isinstance(self.criterion, Criterion):
+            reason = "a stock importance scores only whole groups"
+        elif self.criterion.needs_batch:
+            reason = f"{type(self.criterion).__name__} removes channels where they are read, from all that write them"
+        if reason is not None:
+            raise CriterionError(
+                f"Block {block.name!r} has no coupled channels of its own, and {reason}; leave the block out, or use "
+                "another criterion."
+            )
 
 
 def _known(block: str, inside: Sequence[ChannelGroup], scores: Mapping[str, Tensor]) -> list[Tensor]:
