@@ -75,11 +75,16 @@ def check_units(model: nn.Module, removal: Removal, earlier: PruningPlan | None,
     if earlier is None or earlier.channels_removed == 0 or not units:
         return
     groups = find_groups(model, example_inputs)
-    dense, kept = Renumbering(earlier.removed_blocks, earlier.shells), earlier.kept()
+    dense, entries = Renumbering(earlier.removed_blocks, earlier.shells), {e.name: e for e in earlier.groups}
+
+    def dense_channels(group: ChannelGroup) -> tuple[int, tuple[int, ...]]:
+        entry = entries.get(dense.before(group.name))
+        return (group.width, tuple(range(group.width))) if entry is None else (entry.total, entry.kept)
+
     for unit in units:
         touching = [g for g in groups if any(unit.holds(m.path) for m in g.members)]
         crossing = [g for g in touching if any(not unit.holds(m.path) for m in g.members)]
-        if len({kept.get(dense.before(group.name)) for group in crossing}) > 1:
+        if len(set(map(dense_channels, crossing))) > 1:
             names = " and ".join(repr(group.name) for group in crossing)
             raise PlanError(
                 f"Unit {unit.name!r} joins channels {names}, of which different ones have been removed before. Remove "
