@@ -83,9 +83,9 @@ def check_units(model: nn.Module, removal: Removal, earlier: PruningPlan | None,
 
     for unit in units:
         touching = [g for g in groups if any(unit.holds(m.path) for m in g.members)]
-        crossing = [g for g in touching if any(not unit.holds(m.path) for m in g.members)]
-        if len(set(map(dense_channels, crossing))) > 1:
-            names = " and ".join(repr(group.name) for group in crossing)
+        ends = [g for g in touching if not (all(unit.holds(m.path) for m in g.members) and g.readers)]
+        if len(set(map(dense_channels, ends))) > 1:
+            names = " and ".join(repr(group.name) for group in ends)
             raise PlanError(
                 f"Unit {unit.name!r} joins channels {names}, of which different ones have been removed before. Remove "
                 "the unit first, or in one plan with its channels. The model is unchanged."

@@ -86,11 +86,12 @@ def removable_blocks(model: nn.Module, example_inputs: Any) -> list[Block]:
 
 def find_blocks(model: nn.Module, example_inputs: Any) -> BlockMap:
     """Find the blocks of a network, also those that must stay, with the reason; see :func:`removable_blocks`."""
-    network, inputs = stand_in(model, example_inputs)
-    records = trace(network, inputs)
-    search = _Search(network, records)
-    with torch.no_grad(), search.watching():
-        call(network, inputs)
+    with torch.inference_mode(False):  # whose tensors have no versions
+        network, inputs = stand_in(model, example_inputs)
+        records = trace(network, inputs)
+        search = _Search(network, records)
+        with torch.no_grad(), search.watching():
+            call(network, inputs)
     shared, hooked = _shared(model), _hooked(model)
     blocks = []
     for block in (*search.found, *_others(network, records, search)):

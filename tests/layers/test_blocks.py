@@ -204,6 +204,11 @@ def test_hooks() -> None:
     assert names(model) == ["blocks.0", "blocks.1"]
 
 
+def test_inside_inference_mode() -> None:
+    with torch.inference_mode():
+        assert names(nn.Sequential(conv(4, 8), conv(8, 4), Scaled()), kind="branch") == ["2.first", "2.second"]
+
+
 def test_the_network_stays_as_it_was() -> None:
     model = nn.Sequential(conv(), nn.Dropout(), Scaled()).train()
     model(X).sum().backward()

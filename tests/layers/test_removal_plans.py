@@ -227,6 +227,35 @@ def test_removed_is_held_at_zero(recipe: Recipe, seed: int, channels: bool) -> N
         assert torch.equal(once(x), slim(x))
 
 
+@settings(max_examples=40)
+@given(networks(), st.integers(0, 2**20))
+def test_channels_first_then_blocks_is_one_plan(recipe: Recipe, seed: int) -> None:
+    model, x = recipe.build(), recipe.inputs()
+    slim = copy.deepcopy(model)
+    first = any_plan(find_groups(slim, x), seed)
+    if first.channels_removed == 0:
+        return
+    first.apply(slim, x)
+    names = [block.name for block in removable_blocks(slim, x)]
+    chosen = [name for name in names if not any(name.startswith(f"{other}.") for other in names)]
+    if not chosen:
+        return
+    before, refusal = state_of(slim), ""
+    try:
+        PruningPlan((), tuple(chosen)).apply(slim, x)
+    except PlanError as error:
+        refusal = str(error)
+    if refusal:  # no plan on the dense network does it
+        assert "different ones have been removed before" in refusal
+        assert_same(slim, before)
+        return
+    plan = slim.pruning_plan
+    assert isinstance(plan, PruningPlan)
+    once = plan.apply(copy.deepcopy(model), x)
+    assert_same(once, state_of(slim))
+    assert torch.equal(once(x), slim(x))
+
+
 @settings(max_examples=15)
 @given(networks(), st.integers(0, 2**20))
 def test_nonsense_changes_nothing(recipe: Recipe, seed: int) -> None:
