@@ -169,6 +169,28 @@ def test_all_methods_by_default_and_no_held_out_images(command, tmp_path, monkey
     assert json.loads((output / "correlations.json").read_text())["oracle"]["agreement_with_held_out"] is None
 
 
+def test_some_channels_are_judged_and_the_test_images_can_be_held_out(command, tmp_path):
+    few = ["--methods", "taylor-fo", "--images", "32", "--held-out-images", "40"]
+    output, other = tmp_path / "out", tmp_path / "other"
+    said = command(*SMALL, *few, "--channels-per-group", "5", "--held-out-from", "test", "--output", output)
+    assert said.code == 0, said.err
+    rows = _rows(output / "oracle.csv")
+    record = json.loads((output / "correlations.json").read_text())
+    assert len(rows) == record["network"]["judged"] == 5 * record["network"]["groups"] == 60
+    assert record["network"]["channels"] == 448
+    assert _rows(output / "correlations.csv")[0]["channels"] == "60"
+    said = command(*SMALL, *few, "--held-out-from", "test", "--output", other)
+    assert said.code == 0, said.err
+    all_rows = {(row["group"], row["channel"]): row for row in _rows(other / "oracle.csv")}
+    for row in rows:  # the network is the same: no training image is kept from it
+        there = all_rows[row["group"], row["channel"]]
+        for column in ("change", "change_held_out"):
+            assert float(row[column]) == pytest.approx(float(there[column]), rel=1e-6, abs=1e-9)
+    said = command(*SMALL, *few[:4], "--held-out-images", "360", "--held-out-from", "test", "--output", tmp_path / "x")
+    assert said.code == 2
+    assert "359 test images" in said.err
+
+
 def test_without_nni_its_criteria_are_left_out_by_default(tmp_path, monkeypatch):
     job = CorrelationJob("resnet20", tmp_path)
     assert any(name.startswith("nni:") for name in job.chosen())
