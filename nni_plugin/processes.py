@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import Any, TypeVar, cast
 
 import torch
+from torch import Tensor
 
 T = TypeVar("T")
 
@@ -32,11 +33,16 @@ def agreed(value: T) -> T:
     return cast("T", words[0])
 
 
+def summed(tensor: Tensor) -> Tensor:
+    """Return a tensor on the CPU summed over all processes; itself for one alone."""
+    if not several():
+        return tensor
+    shared = tensor.to("cuda" if torch.distributed.get_backend() == "nccl" else "cpu", copy=True)
+    torch.distributed.all_reduce(shared)
+    return shared.cpu()
+
+
 def pooled_mean(total: float, count: int) -> float | None:
     """Return the mean over all processes from each one's sum and number; None of nothing at all."""
-    if several():
-        device = "cuda" if torch.distributed.get_backend() == "nccl" else "cpu"
-        sums = torch.tensor([total, count], dtype=torch.float64, device=device)
-        torch.distributed.all_reduce(sums)
-        total, count = float(sums[0]), int(sums[1])
-    return total / count if count else None
+    sums = summed(torch.tensor([total, count], dtype=torch.float64))
+    return float(sums[0]) / int(sums[1]) if sums[1] else None

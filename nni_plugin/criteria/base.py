@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from nni_plugin.errors import CriterionError
 from nni_plugin.groups import ChannelGroup
+from nni_plugin.processes import summed
 
 
 @dataclass(frozen=True)
@@ -179,10 +180,7 @@ class Criterion(ABC):
     @staticmethod
     def _summed(number: int) -> int:
         """Return a number summed over all processes."""
-        on_gpu = torch.distributed.get_backend() == "nccl"
-        total = torch.tensor(number, device="cuda" if on_gpu else "cpu")
-        torch.distributed.all_reduce(total)
-        return int(total)
+        return int(summed(torch.tensor(number)))
 
     @abstractmethod
     def _gather(self, model: nn.Module) -> None:

@@ -25,6 +25,7 @@ from nni_plugin.criteria.ablation import Ablations, LossFn, cross_entropy
 from nni_plugin.criteria.base import Criterion
 from nni_plugin.errors import CriterionError
 from nni_plugin.groups import ChannelGroup
+from nni_plugin.processes import summed
 
 
 class Oracle(Criterion):
@@ -122,13 +123,8 @@ class Oracle(Criterion):
     def all_reduce(self) -> None:
         """Sum what every process collected; each must have collected for the same groups."""
         super().all_reduce()
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            self.samples = self._summed(self.samples)
-            device = "cuda" if torch.distributed.get_backend() == "nccl" else "cpu"
-            for name, total in self._sums.items():
-                shared = total.to(device, copy=True)
-                torch.distributed.all_reduce(shared)
-                self._sums[name] = shared.cpu()
+        self.samples = self._summed(self.samples)
+        self._sums = {name: summed(total) for name, total in self._sums.items()}
 
     def _gather(self, model: nn.Module) -> None:
         assert self._ablations is not None

@@ -28,7 +28,7 @@ from nni_plugin.errors import CriterionError
 from nni_plugin.layers.base import LayerImportance, LossFn, counted
 from nni_plugin.layers.blocks import Block
 from nni_plugin.layers.trace import eval_mode, main_tensor
-from nni_plugin.processes import several
+from nni_plugin.processes import summed
 
 
 def block_gate_gradients(model: nn.Module, blocks: Sequence[Block], batches: Iterable[Any], loss_fn: LossFn) -> Tensor:
@@ -86,11 +86,7 @@ class BlockGate(LayerImportance):
         assert loss_fn is not None
         rows = block_gate_gradients(model, blocks, batches, loss_fn)
         sums = torch.stack([rows.sum(0), rows.square().sum(0), torch.full((len(blocks),), float(len(rows))).double()])
-        if several():
-            device = "cuda" if torch.distributed.get_backend() == "nccl" else "cpu"
-            shared = sums.to(device)
-            torch.distributed.all_reduce(shared)
-            sums = shared.cpu()
+        sums = summed(sums)
         gradient, squares = sums[0] / sums[2], sums[1] / sums[2]
         changes = (0.5 * squares - gradient).tolist()
         self.loss_changes = {block.name: change for block, change in zip(blocks, changes, strict=True)}
