@@ -1,12 +1,13 @@
 """Structured pruning for timm and torchvision models: one plan, exact surgery, any host."""
 
 from nni_plugin.adapters.torch_pruning import Parity, carry_optimizer, verify
-from nni_plugin.budgets import Channels, MACs, Params
+from nni_plugin.budgets import Channels, Latency, Layers, MACs, Params
 from nni_plugin.channel_pruner import ChannelPruner
 from nni_plugin.checkpoint import from_pretrained, save_pretrained
 from nni_plugin.compensation import reestimate_batchnorm
 from nni_plugin.cost import Cost, count
 from nni_plugin.errors import NNIPluginError
+from nni_plugin.layer_planner import plan_layers
 from nni_plugin.plan import GroupPlan, ModelIdentity, PruningPlan
 from nni_plugin.planner import plan_channels
 from nni_plugin.reconstruction import reconstruct
@@ -20,6 +21,8 @@ __all__ = [
     "Gradual",
     "GroupPlan",
     "Iterative",
+    "Latency",
+    "Layers",
     "MACs",
     "ModelIdentity",
     "NNIPluginError",
@@ -31,6 +34,7 @@ __all__ = [
     "count",
     "from_pretrained",
     "plan_channels",
+    "plan_layers",
     "reconstruct",
     "reestimate_batchnorm",
     "save_pretrained",

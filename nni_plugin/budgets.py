@@ -1,7 +1,12 @@
-"""Budgets: what the pruned network may cost. Ratios are the fraction KEPT; all are exact on the result."""
+"""Budgets: what the pruned network may cost. Ratios are the fraction KEPT; all are exact on the result.
+
+Latency is measured, so it is exact as far as a measurement is; :mod:`nni_plugin.latency_budget` measures it. `Layers`
+alone says what leaves, as LayerPrune counts: LayerPrune_4 is `Layers(4)`.
+"""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from fractions import Fraction
 
@@ -11,10 +16,19 @@ from nni_plugin.errors import BudgetError
 
 @dataclass(frozen=True)
 class Size:
-    """What budgets compare: the cost of a network and its number of prunable coupled channels."""
+    """What budgets compare.
+
+    Args:
+        cost: MACs and parameters of the network.
+        channels: Its prunable coupled channels.
+        latency_ms: Time of one forward pass where it was measured, in milliseconds for the batch.
+        layers: How many blocks fewer than the dense network it has.
+    """
 
     cost: Cost
     channels: int
+    latency_ms: float | None = None
+    layers: int = 0
 
 
 def _check_ratio(name: str, ratio: float) -> None:
@@ -92,4 +106,74 @@ class Channels:
         return size.channels
 
 
-Budget = MACs | Params | Channels
+@dataclass(frozen=True)
+class Layers:
+    """This many blocks leave the network.
+
+    Args:
+        count: Removable blocks that go, at least 1; one that lies inside another one does not count beside it.
+    """
+
+    count: int
+
+    def __post_init__(self) -> None:
+        """Check the range."""
+        if isinstance(self.count, bool) or not isinstance(self.count, int) or self.count < 1:
+            raise BudgetError(f"Layers is how many blocks go, an integer of at least 1, got {self.count!r}.")
+
+    def limit(self, dense: Size) -> int:
+        """Return the most that :meth:`value` may be."""
+        return -self.count
+
+    def value(self, size: Size) -> int:
+        """Return what is compared with the limit: it falls as blocks leave."""
+        return -size.layers
+
+
+@dataclass(frozen=True)
+class Latency:
+    """At most this time for a forward pass: a fraction of the dense network's, or milliseconds.
+
+    Args:
+        ratio: Fraction of the dense network's latency kept, measured side by side with it.
+        ms: Milliseconds of one pass over the batch, instead of a fraction. A machine that is busier later will be
+            slower; a fraction holds.
+        batch_size: Images in a pass.
+        device: Where to measure; None: where the network is.
+    """
+
+    ratio: float | None = None
+    ms: float | None = None
+    batch_size: int = 1
+    device: str | None = None
+
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        if (self.ratio is None) == (self.ms is None):
+            raise BudgetError(f"Latency takes a fraction kept or ms=milliseconds, one of them, got {self!r}.")
+        if self.ratio is not None:
+            _check_ratio("Latency", self.ratio)
+        elif isinstance(self.ms, bool) or not isinstance(self.ms, (int, float)) or not 0 < self.ms < math.inf:
+            raise BudgetError(f"Latency: ms must be a number of milliseconds above 0, got {self.ms!r}.")
+        if isinstance(self.batch_size, bool) or not isinstance(self.batch_size, int) or self.batch_size < 1:
+            raise BudgetError(f"Latency: batch_size must be an integer of at least 1, got {self.batch_size!r}.")
+
+    def limit(self, dense: Size) -> float:
+        """Return the most milliseconds of one pass."""
+        if self.ms is not None:
+            return self.ms
+        assert self.ratio is not None
+        return self.ratio * _measured(dense)
+
+    def value(self, size: Size) -> float:
+        """Return what is compared with the limit."""
+        return _measured(size)
+
+
+def _measured(size: Size) -> float:
+    if size.latency_ms is None:
+        raise BudgetError("This network's latency has not been measured: plan with plan_layers or plan_channels.")
+    return size.latency_ms
+
+
+Budget = MACs | Params | Channels | Layers | Latency

@@ -29,12 +29,13 @@ from nni_plugin.adapters.torch_pruning import (
     sound_groups,
     verify,
 )
-from nni_plugin.budgets import Budget, Size
+from nni_plugin.budgets import Budget, Latency, Layers, Size
 from nni_plugin.compensation import fold_factors
 from nni_plugin.cost import count, on_device_of
 from nni_plugin.criteria.base import Criterion
-from nni_plugin.errors import CriterionError, GraphError, ScheduleError, SurgeryError
+from nni_plugin.errors import BudgetError, CriterionError, GraphError, ScheduleError, SurgeryError
 from nni_plugin.groups import ChannelGroup, narrowed
+from nni_plugin.latency_budget import LatencyByMACs, LatencyMeter
 from nni_plugin.live_plan import LivePlan
 from nni_plugin.masks import Masks
 from nni_plugin.plan import PruningPlan
@@ -109,6 +110,9 @@ class ChannelPruner:
         self.optimizer, self.ema = optimizer, ema
         self._state: Any = None
         self._earlier: PruningPlan | None = getattr(model, "pruning_plan", None)
+        if isinstance(budget, Layers):
+            raise BudgetError(f"{budget} counts whole blocks, and channels leave: plan with plan_layers.")
+        self.meter = LatencyMeter(model, self._inputs(), budget) if isinstance(budget, Latency) else None
         groups = find_groups(model, self._inputs(), ignore=ignore, keep_host=self.scorer.foreign)
         self._take(sound_groups(model, groups, self._inputs()))
         self.dense: Size = self._slim_cost.dense
@@ -118,6 +122,7 @@ class ChannelPruner:
         self._counted: Size | None = None
         self.done = False
         self.parity: Parity | None = None
+        self.timing: dict[str, Any] = {}
         self.seconds = {"score": 0.0, "plan": 0.0, "surgery": 0.0}
         # Reachable at all? How narrow the network can get does not depend on the scores.
         level = {group.name: torch.zeros(group.width) for group in self.groups}
@@ -249,6 +254,7 @@ class ChannelPruner:
             "select": self.select,
             "cost_aware": self.cost_aware,
             **({"stages": self.stages} if self.stages else {}),
+            **({"latency": self.timing} if self.timing else {}),
         }
         identity = getattr(self.model, "nni_plugin_identity", None)
         return self.live.whole(self.scorer.range, self.dense, self.size(), identity, asked)
@@ -319,7 +325,8 @@ class ChannelPruner:
         if not self.groups:
             reasons = "; ".join(f"{group.name}: {group.fixed}" for group in groups[:5])
             raise GraphError(f"Nothing in {type(self.model).__name__} may be pruned. {reasons}")
-        self._slim_cost = SlimCost(self.model, self._inputs(), self.groups)
+        cost = SlimCost(self.model, self._inputs(), self.groups)
+        self._slim_cost: SlimCost | LatencyByMACs = cost if self.meter is None else self.meter.sized(cost)
         self._masks = Masks(self.model, self.groups)
 
     def _due(self) -> bool:
@@ -397,17 +404,24 @@ class ChannelPruner:
                 fold_factors(network, self.groups, moved)
 
     def _exact(self, ranking: Ranking, kept: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Count on the slim network; where arithmetic was off, search again by counting."""
+        """Count on the slim network; where arithmetic was off, search again by counting; a latency by timing."""
+        if self.meter is not None:
+            units = self.meter.fewest(ranking.units, lambda units: self._slim(ranking.kept(units)))
+            kept = ranking.kept(units)
+            self.timing = self.meter.account(self._slim(kept))
         self._counted = self._count(kept)
-        if self._counted != self._slim_cost.predict(kept):
+        if self.meter is None and self._counted != self._slim_cost.predict(kept):
             _, kept = solve(ranking, self.budget, self.dense, self._count)
             self._counted = self._count(kept)
         return kept
 
-    def _count(self, kept: Mapping[str, Tensor]) -> Size:
+    def _slim(self, kept: Mapping[str, Tensor]) -> nn.Module:
         slim = copy.deepcopy(self.model)
         cut_channels(slim, self.live.relative(kept), self._all_groups)
-        return Size(count(slim, self._inputs()), sum(len(index) for index in kept.values()))
+        return slim
+
+    def _count(self, kept: Mapping[str, Tensor]) -> Size:
+        return Size(count(self._slim(kept), self._inputs()), sum(len(index) for index in kept.values()))
 
     def _remove_physically(self, plan: PruningPlan) -> None:
         if plan.channels_removed:

@@ -67,3 +67,7 @@ class ExperimentError(NNIPluginError):
 
 class ConfigError(NNIPluginError):
     """A pruner was given a config_list, an evaluator or an option that it cannot work with; the text names the key."""
+
+
+class SearchError(NNIPluginError):
+    """A search over architectures is malformed or cannot go on: gates, losses or accuracies that make no sense."""

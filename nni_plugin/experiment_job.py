@@ -25,11 +25,10 @@ from safetensors.torch import save_file
 from nni_plugin.adapters.data import create_loaders
 from nni_plugin.adapters.experiment import CANCELED, Request, Running, Trial, command_line, runs_here, started
 from nni_plugin.adapters.training import evaluate, fit
-from nni_plugin.channel_pruner import ChannelPruner
 from nni_plugin.errors import ExperimentError
 from nni_plugin.job import Job, network_of
+from nni_plugin.job_plans import check_job, method_of
 from nni_plugin.machine import usable_device
-from nni_plugin.methods import create_criterion
 from nni_plugin.search_space import with_parameters
 from nni_plugin.workspace import workspace
 
@@ -174,18 +173,7 @@ def _prepare(job: Job, path: Path, say: Callable[[str], None]) -> Path | None:
     splits = create_loaders(job.dataset, job.data_dir, seed=job.seed, **job.data_kwargs)
     device = usable_device(job.device)
     model, examples = network_of(job, splits, device)
-    ChannelPruner(
-        model,
-        examples,
-        create_criterion(job.method, job.seed),
-        job.budget,
-        round_to=job.round_to,
-        min_channels=job.min_channels,
-        ignore=job.ignore,
-        select=job.select,
-        stages=job.stages,
-        cut="never",
-    )
+    check_job(job, method_of(job), model, examples)
     if job.pretrain.epochs:
         fit(model, splits, job.pretrain, device=device, phase="pretrain")
         save_file({name: tensor.contiguous() for name, tensor in model.state_dict().items()}, path)

@@ -19,6 +19,7 @@ from nni_plugin.budgets import Budget
 from nni_plugin.channel_pruner import Selection
 from nni_plugin.cost import count
 from nni_plugin.errors import ModelError, TrainingError
+from nni_plugin.layer_planner import Candidates
 from nni_plugin.schedules import Continuous, Iterative, OneShot, Schedule
 
 
@@ -48,7 +49,8 @@ class Job:
             between; None: 10 for a method that compensates (`obs`), 1 for the others.
         round_to: Widths become multiples of this.
         min_channels: No group gets narrower.
-        ignore: Layers to leave whole, by name.
+        ignore: Layers to leave whole, by name; of a method for layers the blocks that must stay.
+        candidates: Of blocks inside blocks a method for layers removes the `"outermost"`, the `"innermost"` or `"all"`.
         select: Which groups may be pruned: `"all"`, `"skip-only"` or `"no-skip"`.
         cost_aware: Rank by loss per unit of what the budget counts; None: as the method wants it.
         divide_by_blocks: Divide the score of a residual group by the number of blocks that share its gate.
@@ -84,6 +86,7 @@ class Job:
     round_to: int = 1
     min_channels: int = 1
     ignore: tuple[str, ...] = ()
+    candidates: Candidates = "outermost"
     select: Selection = "all"
     cost_aware: bool | None = None
     divide_by_blocks: bool = False

@@ -119,13 +119,13 @@ def measure_latency(
         >>> result.batch_size, result.device, result.median_ms > 0
         (1, 'cpu', True)
     """
-    place = _device_of(model) if device is None else torch.device(device)
+    place = device_of(model) if device is None else torch.device(device)
     threads = torch.get_num_threads() if threads is None else threads
-    placed = _placed(model, place, dtype)
+    network = placed(model, place, dtype)
     results = []
-    with evaluation_mode(placed), torch.inference_mode():
+    with evaluation_mode(network), torch.inference_mode():
         for batch_size in batch_sizes:
-            timer = _warm_timer(placed, input_shape, batch_size, place, dtype, threads)
+            timer = _warm_timer(network, input_shape, batch_size, place, dtype, threads)
             measurement = timer.adaptive_autorange(
                 min_run_time=min_run_time, max_run_time=_LONGEST_OVER_SHORTEST * min_run_time
             )
@@ -142,7 +142,7 @@ def measure_pair(
     device: torch.device | str | None = None,
     dtype: torch.dtype = torch.float32,
     min_run_time: float = 0.5,
-    rounds: int = 9,
+    rounds: int = 41,
     threads: int | None = None,
 ) -> list[LatencyPair]:
     """Measure two networks in turns, so that their ratio holds on a noisy machine.
@@ -155,7 +155,8 @@ def measure_pair(
         device: Where to run both; the first model's own device when None.
         dtype: Element type of the input and of the floating-point weights.
         min_run_time: Seconds to measure each network, about, per batch size.
-        rounds: Number of rounds, at least 3; each times both networks once, in alternating order.
+        rounds: Number of rounds, at least 3; each times both networks once, in alternating order. Many short ones
+            give a steadier median than a few long ones where other work interrupts.
         threads: Intra-operator CPU threads; torch's current setting when None.
 
     Returns:
@@ -167,14 +168,14 @@ def measure_pair(
     """
     if rounds < 3:
         raise ValueError(f"measure_pair needs at least 3 rounds for a median, got {rounds}.")
-    place = _device_of(first) if device is None else torch.device(device)
+    place = device_of(first) if device is None else torch.device(device)
     threads = torch.get_num_threads() if threads is None else threads
-    models = (_placed(first, place, dtype), _placed(second, place, dtype))
+    models = (placed(first, place, dtype), placed(second, place, dtype))
     pairs = []
     with evaluation_mode(*models), torch.inference_mode():
         for batch_size in batch_sizes:
             timers = [_warm_timer(m, input_shape, batch_size, place, dtype, threads) for m in models]
-            passes = [_passes_within(timer, min_run_time / rounds) for timer in timers]
+            passes = [passes_within(timer, min_run_time / rounds) for timer in timers]
             times: tuple[list[Measurement], list[Measurement]] = ([], [])
             for turn in range(rounds):
                 # Every other round starts with the second network: a clock that drifts steadily
@@ -187,11 +188,12 @@ def measure_pair(
     return pairs
 
 
-def _device_of(model: nn.Module) -> torch.device:
+def device_of(model: nn.Module) -> torch.device:
+    """Return where a network's parameters lie; the CPU for one without any."""
     return next((p.device for p in model.parameters()), torch.device("cpu"))
 
 
-def _placed(model: nn.Module, device: torch.device, dtype: torch.dtype) -> nn.Module:
+def placed(model: nn.Module, device: torch.device, dtype: torch.dtype) -> nn.Module:
     """Return the model itself where it already fits, else a converted copy."""
     tensors = [*model.parameters(), *model.buffers()]
     # An empty tensor resolves "cuda" to "cuda:0", so that the comparison below holds.
@@ -220,13 +222,13 @@ def _warm_timer(
     except Exception as error:  # a forward pass may raise anything
         raise ModelError(
             f"The forward pass failed at batch size {batch_size} with input "
-            f"{(batch_size, *input_shape)}, {_name(dtype)}, on {device}: {error}. "
+            f"{(batch_size, *input_shape)}, {dtype_name(dtype)}, on {device}: {error}. "
             "Check the input shape and dtype, or measure at a smaller batch size."
         ) from error
     return Timer("model(images)", globals={"model": model, "images": images}, num_threads=threads)
 
 
-def _passes_within(timer: Timer, seconds: float) -> int:
+def passes_within(timer: Timer, seconds: float) -> int:
     """Return how many passes fit into a time, at least 1."""
     estimate = timer.blocked_autorange(min_run_time=min(seconds, 0.05))
     return max(1, round(seconds / estimate.median))
@@ -248,10 +250,11 @@ def _latency(
         images_per_second=batch_size / median_ms * 1e3,
         runs=merged.number_per_run * len(merged.raw_times),
         device=str(device),
-        dtype=_name(dtype),
+        dtype=dtype_name(dtype),
         threads=threads,
     )
 
 
-def _name(dtype: torch.dtype) -> str:
+def dtype_name(dtype: torch.dtype) -> str:
+    """Return e.g. `float32`."""
     return str(dtype).removeprefix("torch.")

@@ -6,7 +6,6 @@ dense channel behind each channel there now, those of them that stay, and what t
 
 from __future__ import annotations
 
-import importlib.metadata
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -16,6 +15,7 @@ from torch import Tensor
 from nni_plugin.budgets import Size
 from nni_plugin.errors import ScheduleError
 from nni_plugin.groups import ChannelGroup
+from nni_plugin.machine import library_versions
 from nni_plugin.plan import GroupPlan, ModelIdentity, PruningPlan
 
 
@@ -100,7 +100,6 @@ class LivePlan:
             factor = self.factors[name][kept]
             factors = None if bool((factor == 1).all()) else tuple(factor.tolist())
             groups.append(GroupPlan(name, width, tuple(self.origin[name][kept].tolist()), factors, ranges.get(name)))
-        versions = {name: importlib.metadata.version(name) for name in ("nni-plugin", "torch", "torch-pruning", "timm")}
         changes = [step.get("predicted_loss_change") for step in self.steps]
         return PruningPlan(
             groups=tuple(groups),
@@ -108,7 +107,7 @@ class LivePlan:
             cost_before=before.cost,
             cost_after=after.cost,
             predicted_loss_change=sum(c for c in changes if c is not None) if changes and None not in changes else None,
-            provenance={**provenance, "steps": self._account(), "versions": versions},
+            provenance={**provenance, "steps": self._account(), "versions": library_versions()},
         )
 
     def _account(self) -> list[dict[str, float]]:

@@ -37,6 +37,11 @@ def describe_machine() -> dict[str, str]:
     return description | {name: _version(name) for name in _PACKAGES}
 
 
+def library_versions() -> dict[str, str]:
+    """Return the versions of the libraries that a plan depends on, by name."""
+    return {name: importlib.metadata.version(name) for name in ("nni-plugin", "torch", "torch-pruning", "timm")}
+
+
 def usable_device(name: str | None = None) -> torch.device:
     """Return a device that has been tried, the best there is when none is named.
 

@@ -270,7 +270,9 @@ class PruningPlan:
                     f"{100 * (group.total - len(group.kept)) / cut:.1f} %",
                 )
             )
-        rows += [(block, "removed", "", "") for block in self.removed_blocks]
+        importance = {row["name"]: row["score"] for row in self.provenance.get("blocks", ()) if row["removed"]}
+        for block in self.removed_blocks:
+            rows.append((block, "removed", f"{importance[block]:.3g}" if block in importance else "", ""))
         widths = [max(len(row[i]) for row in rows) for i in range(4)]
         lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
         lines.insert(1, "  ".join("-" * width for width in widths))

@@ -50,7 +50,8 @@ def plan_channels(
         batches: Minibatches, anything that `loss_fn` takes; gone through again while a schedule goes on. Not
             read by a criterion that needs no data.
         loss_fn: `loss_fn(model, batch)` -> a finite scalar.
-        budget: `MACs`, `Params` or `Channels` kept; met exactly, within one unit of removal.
+        budget: `MACs`, `Params` or `Channels` kept, met exactly, within one unit of removal; or `Latency`, met as
+            measured on the slim network, within 3 %.
         schedule: `OneShot()` scores once; `Iterative(...)` masks and scores anew, without training between.
         round_to: Widths become multiples of this (the nearest), or stay whole.
         min_channels: No group gets narrower.

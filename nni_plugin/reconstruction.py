@@ -24,10 +24,14 @@ from torch.nn.modules.conv import _ConvNd
 from tqdm import tqdm
 
 from nni_plugin.adapters.torch_pruning import find_groups, kept_outputs
+from nni_plugin.adapters.torch_pruning.blocks import channel_part
 from nni_plugin.adapters.torch_pruning.surgery import check_fit
 from nni_plugin.cost import on_device_of
 from nni_plugin.criteria.gates import accumulable
 from nni_plugin.errors import DataError, PlanError, SurgeryError
+from nni_plugin.layers.removal import find_removal
+from nni_plugin.plan import PruningPlan
+from nni_plugin.renumbering import Renumbering
 from nni_plugin.side_by_side import SideBySide
 
 RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
@@ -77,27 +81,38 @@ def reconstruct(
         raise PlanError("The pruned network has no pruning_plan: apply one with plan.apply(model, example_inputs).")
     if iter(batches) is batches:
         raise DataError("batches can be gone through only once: give a list or a loader. The model is unchanged.")
-    example_inputs = on_device_of(dense, example_inputs)
-    with torch.enable_grad():
-        groups = find_groups(dense, example_inputs)
-    check_fit(plan, groups)
-    kept = kept_outputs(dense, plan, groups)
+    kept, names = _what_stays(plan, dense, on_device_of(dense, example_inputs))
     modes = {module: module.training for network in (pruned, dense) for module in network.modules()}
     left: dict[str, float] = {}
     try:
         pruned.eval()
         dense.eval()
         layers = _order(pruned, batches, forward)
-        here, there = (SideBySide(net, layers, batches, forward, memory // 2) for net in (pruned, dense))
+        here = SideBySide(pruned, layers, batches, forward, memory // 2)
+        there = SideBySide(dense, [names.before(path) for path in layers], batches, forward, memory // 2)
         sizes = [_samples(batch) for batch in batches]
         for path in tqdm(layers, desc="reconstruct", unit="layer", delay=2, disable=None, leave=False):
-            pairs = zip(here.inputs(path), there.outputs(path), sizes, strict=True)
+            pairs = zip(here.inputs(path), there.outputs(names.before(path)), sizes, strict=True)
             rows, targets = _rows(pruned.get_submodule(path), path, kept.get(path), pairs, positions, seed)
             left[path] = _solve(pruned.get_submodule(path), rows, targets)
     finally:
         for module, training in modes.items():
             module.training = training
     return left
+
+
+def _what_stays(plan: PruningPlan, dense: nn.Module, example_inputs: Any) -> tuple[dict[str, Tensor], Renumbering]:
+    """Return the outputs kept by layer, under the names of the pruned network, and the way to the dense one's."""
+    removal, rest, network = None, plan, dense
+    with torch.enable_grad():
+        if plan.removed_blocks:
+            removal, network = find_removal(dense, plan.removed_blocks, example_inputs), copy.deepcopy(dense)
+            removal.perform(network)
+            rest, groups = channel_part(plan, removal, dense, network, example_inputs)
+        else:
+            groups = find_groups(dense, example_inputs)
+    check_fit(rest, groups)
+    return kept_outputs(network, rest, groups), Renumbering(()) if removal is None else removal.names
 
 
 def _solvable(model: nn.Module) -> list[tuple[str, nn.Module]]:

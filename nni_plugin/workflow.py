@@ -14,29 +14,31 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from nni_plugin.adapters.data import DataSplits, create_loaders
+from nni_plugin.adapters.torch_pruning import Parity, apply_plan, verify
 from nni_plugin.adapters.training import Callback, TrainingConfig, TrainingState, evaluate, fit
-from nni_plugin.budgets import Budget, Channels, MACs, Params
+from nni_plugin.budgets import Budget, Channels, Latency, Layers, MACs
 from nni_plugin.channel_pruner import ChannelPruner
 from nni_plugin.checkpoint import save_pretrained
+from nni_plugin.compensation import reestimate_batchnorm
 from nni_plugin.cost import count
 from nni_plugin.criteria.ablation import cross_entropy
-from nni_plugin.errors import BudgetError, TrainingError
+from nni_plugin.errors import SurgeryError, TrainingError
 from nni_plugin.job import Job, network_of, schedule_of
+from nni_plugin.job_plans import Planned, check_job, make_plan, method_of, pruner_of
 from nni_plugin.latency import measure_pair
 from nni_plugin.machine import describe_machine, usable_device
-from nni_plugin.methods import create_criterion
 from nni_plugin.plan import PruningPlan
 from nni_plugin.planner import run_without_training
 from nni_plugin.reconstruction import reconstruct
 from nni_plugin.report import Report, Target, write_report
-from nni_plugin.schedules import Gradual, OneShot
-from nni_plugin.workspace import Workspace, workspace
+from nni_plugin.schedules import OneShot
+from nni_plugin.workspace import Workspace, workspace, write_file
 
 
 @dataclass(frozen=True)
@@ -71,9 +73,20 @@ def run_job(
     Raises:
         NNIPluginError: Anything the user can mend; nothing half-written is left in the output folder.
     """
-    criterion = create_criterion(job.method, job.seed)
+    method = method_of(job)
     with workspace(job.output, job.settings(), resume=resume) as places:
-        return _Run(job, criterion, places, resume, say, callbacks).run(command)
+        return _Run(job, method, places, resume, say, callbacks).run(command)
+
+
+@dataclass(frozen=True)
+class _Pruned:
+    """A network pruned and fine-tuned: its plan, how far it was proven, top-1 in between, seconds, epochs."""
+
+    plan: PruningPlan
+    parity: Parity
+    after_cut: float
+    seconds: dict[str, float]
+    history: list[dict[str, float]]
 
 
 class _Run:
@@ -82,26 +95,22 @@ class _Run:
     def __init__(
         self,
         job: Job,
-        criterion: Any,
+        method: Any,
         places: Workspace,
         resume: bool,
         say: Callable[[str], None],
         callbacks: Sequence[Callback],
     ) -> None:
         torch.manual_seed(job.seed)
-        self.job, self.criterion, self.places, self.resume, self.say = job, criterion, places, resume, say
+        self.job, self.method, self.places, self.resume, self.say = job, method, places, resume, say
         self.callbacks = tuple(callbacks)
         self.splits: DataSplits = create_loaders(job.dataset, job.data_dir, seed=job.seed, **job.data_kwargs)
         self.device = usable_device(job.device)
         self.model, self.examples = network_of(job, self.splits, self.device)
         # Whatever the job asks in vain shows now, not after hours of training.
-        pruner = self._pruner("never")
-        schedule_of(job, self._steps(), pruner.dense.channels)
-        if job.budget.value(pruner.dense) <= job.budget.limit(pruner.dense):
-            raise BudgetError(
-                f"{job.budget} is met by the dense network already ({pruner.dense.cost}, {pruner.dense.channels} "
-                "coupled channels): nothing would be removed. Ask for less."
-            )
+        check_job(job, method, self.model, self.examples)
+        if job.schedule != "one-shot":
+            schedule_of(job, self._steps(), self._pruner().dense.channels)
 
     def run(self, command: str) -> Result:
         """Do the job and write its results."""
@@ -110,12 +119,8 @@ class _Run:
         baseline = self._top1()
         self.say(f"dense: top-1 {baseline:.2f} %, {count(self.model, self.examples)}")
 
-        prune = self._prune_then_train if self.job.schedule == "one-shot" else self._prune_while_training
-        pruner, after_cut, later = prune()
-        within = 0.0 if self.job.schedule == "one-shot" else sum(pruner.seconds.values())
-        seconds = {**pruner.seconds, "finetune": max(sum(row["seconds"] for row in later) - within, 0.0)}
-        plan, parity = self._with_provenance(pruner.plan()), pruner.parity
-        assert parity is not None  # the budget is below the dense network's cost, so something was cut
+        done = (self._prune_then_train if self.job.schedule == "one-shot" else self._prune_while_training)()
+        plan, parity = done.plan, done.parity
         self.say(plan.explain())
         self.say(str(parity))
 
@@ -127,10 +132,10 @@ class _Run:
             "data_fingerprint": self.splits.fingerprint,
             "seed": self.job.seed,
             **self._before_after(dense, baseline),
-            "top1_before_finetune": after_cut,
+            "top1_before_finetune": done.after_cut,
             "parity_max_abs": parity.max_abs,
             "removed": {"channels": plan.channels_removed, "blocks": len(plan.removed_blocks)},
-            "seconds": {name: round(value, 3) for name, value in seconds.items()},
+            "seconds": {name: round(value, 3) for name, value in done.seconds.items()},
             "machine": describe_machine(),
         }
         results = self.places.results
@@ -139,41 +144,47 @@ class _Run:
         (results / "metrics.json").write_text(json.dumps(metrics, indent=1) + "\n")
         offset = history[-1]["step"] if history else 0
         rows = [{**row, "phase": "train"} for row in history]
-        rows += [{**row, "phase": "prune and fine-tune", "step": row["step"] + offset} for row in later]
+        rows += [{**row, "phase": "prune and fine-tune", "step": row["step"] + offset} for row in done.history]
         write_report(results / "report.html", self._report(metrics, plan, rows, str(parity), command))
         return Result(self.model, plan, metrics)
 
-    def _prune_then_train(self) -> tuple[ChannelPruner, float, list[dict[str, float]]]:
-        pruner = self._pruner("never")
-        steps = self.job.score_steps or (10 if pruner.scorer.is_ranking else 1)
-        pruner.schedule = OneShot() if steps == 1 else Gradual(steps)
-        self._score_and_cut(pruner)
-        if pruner.scorer.is_ranking if self.job.reconstruct is None else self.job.reconstruct:
-            self._reconstruct(pruner)
+    def _prune_then_train(self) -> _Pruned:
+        planned = self._planned()
+        plan, begun = self._with_provenance(planned.plan), time.perf_counter()
+        parity = verify(self.model, plan, self.examples)
+        if not parity.ok:
+            raise SurgeryError(f"{parity}. Leave the layers at fault whole with --ignore.")
+        apply_plan(self.model, plan, self.examples, check=False)
+        seconds = {**planned.seconds, "surgery": time.perf_counter() - begun}
+        if self.job.reestimate or plan.removed_blocks:
+            reestimate_batchnorm(self.model, self._score_batches(), cross_entropy)
+        if getattr(self.method, "is_ranking", False) if self.job.reconstruct is None else self.job.reconstruct:
+            seconds["reconstruct"] = self._reconstruct()
         after_cut = self._top1()
-        return pruner, after_cut, self._fit(self.job.finetune, "finetune", self.callbacks)
+        history = self._fit(self.job.finetune, "finetune", self.callbacks)
+        seconds["finetune"] = sum(row["seconds"] for row in history)
+        return _Pruned(plan, parity, after_cut, seconds, history)
 
-    def _reconstruct(self, pruner: ChannelPruner) -> None:
-        """Solve each layer's weights anew, on about 2,000 training images."""
+    def _planned(self) -> Planned:
+        """Return the plan: the one that the interrupted run had, for a time measured anew would give another."""
+        file = self.places.state / "planned.json"
+        if self.resume and file.is_file():
+            stored = json.loads(file.read_text())
+            return Planned(PruningPlan.from_json(stored["plan"]), stored["seconds"])
+        torch.manual_seed(self.job.seed)  # a resumed run has not drawn the random numbers of the training before
+        planned = make_plan(self.job, self.method, self.model, self.examples, self._score_batches())
+        write_file(file, json.dumps({"plan": planned.plan.to_json(), "seconds": planned.seconds}))
+        return planned
+
+    def _reconstruct(self) -> float:
+        """Solve each layer's weights anew, on about 2,000 training images; returns the seconds it took."""
         begun = time.perf_counter()
         batches = self._score_batches(self.job.score_batches or math.ceil(2000 / (self.splits.score.batch_size or 1)))
         reconstruct(self.model, self.dense, self.examples, batches, lambda model, batch: model(batch[0]))
-        pruner.seconds["reconstruct"] = time.perf_counter() - begun
+        return time.perf_counter() - begun
 
-    def _score_and_cut(self, pruner: ChannelPruner) -> None:
-        """Prune to the budget in one step, on the network as it is used."""
-        self.model.eval()
-        # A resumed run has not drawn the random numbers of the training before.
-        torch.manual_seed(self.job.seed)
-        begun, before = time.perf_counter(), dict(pruner.seconds)
-        run_without_training(pruner, self._score_batches(), cross_entropy, reestimate=self.job.reestimate)
-        self.model.zero_grad(set_to_none=True)
-        planning = pruner.seconds["plan"] - before["plan"]
-        pruner.seconds["score"] = before["score"] + time.perf_counter() - begun - planning
-        pruner.cut()
-
-    def _prune_while_training(self) -> tuple[ChannelPruner, float, list[dict[str, float]]]:
-        pruner = self._pruner("end")
+    def _prune_while_training(self) -> _Pruned:
+        pruner = self._pruner()
         pruner.schedule = schedule_of(self.job, self._steps(), pruner.dense.channels)
         watch = _Watch(pruner, self.splits.test)
         with pruner:
@@ -184,30 +195,27 @@ class _Run:
                 "Prune more often (--prune-every), more at once (--prune-channels), or train longer.",
                 stacklevel=2,
             )
-            pruner.schedule, pruner.cut_when = OneShot(), "never"
-            self._score_and_cut(pruner)
+            self._prune_the_rest(pruner)
             watch.top1 = self._top1()
-        return pruner, watch.top1, history
+        assert pruner.parity is not None  # the budget is below the dense network's cost, so something was cut
+        training = sum(row["seconds"] for row in history) - sum(pruner.seconds.values())
+        seconds = {**pruner.seconds, "finetune": max(training, 0.0)}
+        return _Pruned(self._with_provenance(pruner.plan()), pruner.parity, watch.top1, seconds, history)
+
+    def _prune_the_rest(self, pruner: ChannelPruner) -> None:
+        """Go to the budget in one step, on the network as it is used."""
+        pruner.schedule, pruner.cut_when = OneShot(), "never"
+        self.model.eval()
+        torch.manual_seed(self.job.seed)
+        run_without_training(pruner, self._score_batches(), cross_entropy)
+        self.model.zero_grad(set_to_none=True)
+        pruner.cut()
 
     def _steps(self) -> int:
         return self.job.finetune.epochs * len(self.splits.train)
 
-    def _pruner(self, cut: Literal["end", "never"]) -> ChannelPruner:
-        return ChannelPruner(
-            self.model,
-            self.examples,
-            self.criterion,
-            self.job.budget,
-            schedule=OneShot(),
-            round_to=self.job.round_to,
-            min_channels=self.job.min_channels,
-            ignore=self.job.ignore,
-            select=self.job.select,
-            cost_aware=self.job.cost_aware,
-            divide_by_blocks=self.job.divide_by_blocks,
-            stages=self.job.stages,
-            cut=cut,
-        )
+    def _pruner(self) -> ChannelPruner:
+        return pruner_of(self.job, self.model, self.examples, self.method, "end")
 
     def _fit(self, config: TrainingConfig, phase: str, callbacks: tuple[Any, ...] = ()) -> list[dict[str, float]]:
         try:
@@ -231,7 +239,7 @@ class _Run:
 
     def _score_batches(self, number: int | None = None) -> _FirstBatches:
         number = number or self.job.score_batches
-        if number is None and getattr(self.criterion, "is_ranking", False):
+        if number is None and getattr(self.method, "is_ranking", False):
             number = math.ceil(2000 / (self.splits.score.batch_size or 1))
         return _FirstBatches(self.splits.score, self.device, number)
 
@@ -260,27 +268,19 @@ class _Run:
     def _report(
         self, metrics: dict[str, Any], plan: PruningPlan, history: list[Any], parity: str, command: str
     ) -> Report:
-        job, (asked, kind) = self.job, _asked(self.job.budget)
-        before, after = metrics["baseline"], metrics["pruned"]
-        reached = {
-            "MACs kept": after["macs"] / before["macs"],
-            "parameters kept": after["params"] / before["params"],
-            "coupled channels kept": plan.channels_kept,
-        }[kind]
-        if isinstance(asked, float) and kind == "coupled channels kept":
-            reached /= plan.channels_kept + plan.channels_removed
+        job = self.job
         return Report(
             title=f"{job.model} on {job.dataset}, pruned by {job.method}",
             metrics=metrics,
             command=command,
             history=history,
             widths=[(group.name, len(group.kept), group.total) for group in plan.groups],
-            targets=[Target(kind, asked, None, reached)],
+            targets=[_target(job.budget, metrics, plan)],
             machine=metrics["machine"],
             parity=parity,
             load_code=f"import nni_plugin\n\nmodel = nni_plugin.from_pretrained({str(job.output)!r})",
             device=str(self.device),
-            macs_target=asked if isinstance(job.budget, MACs) else None,
+            macs_target=job.budget.ratio if isinstance(job.budget, MACs) else None,
         )
 
 
@@ -323,7 +323,18 @@ class _FirstBatches:
             yield images.to(self.device), labels.to(self.device)
 
 
-def _asked(budget: Budget) -> tuple[float, str]:
+def _target(budget: Budget, metrics: Mapping[str, Any], plan: PruningPlan) -> Target:
+    """Return what was asked and what was reached, for the report."""
+    before, after = metrics["baseline"], metrics["pruned"]
+    if isinstance(budget, Layers):
+        return Target("blocks removed", budget.count, None, len(plan.removed_blocks))
+    if isinstance(budget, Latency):
+        timing = plan.provenance["latency"]
+        if budget.ms is not None:
+            return Target("latency (ms)", budget.ms, None, timing["pruned"]["median_ms"])
+        return Target("latency kept", budget.ratio, None, timing["ratio"])
     if isinstance(budget, Channels):
-        return budget.count, "coupled channels kept"
-    return budget.ratio, {MACs: "MACs kept", Params: "parameters kept"}[type(budget)]
+        whole = plan.channels_kept + plan.channels_removed if isinstance(budget.count, float) else 1
+        return Target("coupled channels kept", budget.count, None, plan.channels_kept / whole)
+    name, kind = ("macs", "MACs kept") if isinstance(budget, MACs) else ("params", "parameters kept")
+    return Target(kind, budget.ratio, None, after[name] / before[name])

@@ -23,15 +23,17 @@ FLOORS = (
         {"errors", "machine", "processes", "tensors", "groups", "cost", "latency", "compensation", "renumbering"}
     ),
     frozenset({"plan", "masks", "networks", "workspace", "correlation", "search_space"}),
-    frozenset({"report", "report_plots", "correlation_plots", "correlation_results"}),
+    frozenset({"report", "report_plots", "correlation_plots", "correlation_results", "layers_plots"}),
     frozenset({"criteria"}),
     frozenset({"budgets"}),
-    frozenset({"selection", "stages", "slim_cost", "schedules", "scorer", "live_plan"}),
-    frozenset({"layers", "performance", "side_by_side"}),
+    frozenset({"selection", "stages", "slim_cost", "schedules", "scorer", "live_plan", "latency_budget"}),
+    frozenset({"layers", "side_by_side"}),
     frozenset({"adapters"}),
     frozenset({"channel_pruner", "methods"}),
-    frozenset({"planner", "checkpoint", "reconstruction"}),
-    frozenset({"pruners", "job", "workflow", "correlation_data", "correlation_job", "experiment_job"}),
+    frozenset({"planner", "layer_planner", "checkpoint", "reconstruction", "marginal_cost", "joint_planner"}),
+    frozenset({"performance"}),
+    frozenset({"pruners", "job", "job_plans", "workflow", "correlation_data", "correlation_job", "experiment_job"}),
+    frozenset({"layers_without", "layers_scores", "layers_results", "layers_job"}),
     frozenset({""}),  # nni_plugin/__init__.py, which only gathers the public names
     frozenset({"benchmarks"}),
     frozenset({"cli", "trial", "__main__"}),
@@ -39,11 +41,12 @@ FLOORS = (
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 
 # The arrows that point up, taken when called: `plan.apply(...)` is the public verb for the surgery, and a layer
-# statistic scores channels as a planner does.
+# statistic scores channels as a planner does. The names of layer importances are made of those of the criteria.
 UPWARD = {
     ("nni_plugin.plan", "nni_plugin.adapters.torch_pruning"),
     ("nni_plugin.layers.statistics", "nni_plugin.adapters.torch_pruning"),
     ("nni_plugin.layers.statistics", "nni_plugin.planner"),
+    ("nni_plugin.layers.methods", "nni_plugin.methods"),
 }
 
 # Pruning hosts are touched in two rooms alone, and by the trial that users copy and the benchmark of their way through

@@ -104,6 +104,21 @@ def count_or_fraction(text: Any) -> int | float:
         return number(text)
 
 
+def latency(text: Any) -> dict[str, float]:
+    """Read a fraction, or milliseconds with their unit, as arguments of a latency budget.
+
+    Example:
+        >>> latency("0.7"), latency("3.5ms")
+        ({'ratio': 0.7}, {'ms': 3.5})
+    """
+    if isinstance(text, Mapping):
+        return {str(name): number(value) for name, value in text.items()}
+    written = str(text).strip()
+    if written.endswith("ms"):
+        return {"ms": number(written.removesuffix("ms").strip())}
+    return {"ratio": number(written)}
+
+
 def fractions(text: Any) -> dict[str, float]:
     """Read numbers by name, from YAML or as `name=number` separated by commas.
 

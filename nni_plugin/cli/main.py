@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 
 import jsonargparse
 
-from nni_plugin.cli import correlate, experiment, export, measure, prune
+from nni_plugin.cli import correlate, experiment, export, layers, measure, prune
 from nni_plugin.errors import NNIPluginError
 
 COMMANDS: dict[str, ModuleType] = {
@@ -21,6 +21,7 @@ COMMANDS: dict[str, ModuleType] = {
     "measure": measure,
     "export": export,
     "correlate": correlate,
+    "layers": layers,
     "experiment": experiment,
 }
 """Each has `DESCRIPTION`, `add_arguments(parser)` and `run(arguments, command_line)`."""

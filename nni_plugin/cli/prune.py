@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import fields
 from importlib.util import find_spec
 from typing import Any
 
 import jsonargparse
 
-from nni_plugin.budgets import Budget, Channels, MACs, Params
+from nni_plugin.budgets import Budget, Channels, Latency, Layers, MACs, Params
 from nni_plugin.cli.arguments import (
     above,
     add_common,
@@ -20,6 +20,7 @@ from nni_plugin.cli.arguments import (
     data_kwargs,
     fractions,
     integers,
+    latency,
     names,
     number,
     optional_bool,
@@ -41,9 +42,11 @@ def add_job(parser: jsonargparse.ArgumentParser) -> None:
     add = parser.add_argument
     add_model(parser, required=True)
     add_data(parser)
-    add("--method", type=str, default="taylor-fo", help="taylor-fo, taylor-fisher, obs, magnitude, tp:taylor, ...")
+    add("--method", type=str, default="taylor-fo", help="taylor-fo, obs, magnitude, tp:taylor, imprinting, ...")
     add("--macs", type=number, help="fraction of the multiply-accumulates to keep, above 0, at most 1")
     add("--params", type=number, help="fraction of the parameters to keep")
+    add("--latency", type=latency, help="fraction of the measured latency to keep (0.7), or milliseconds (3.5ms)")
+    add("--layers", type=above(1), help="whole blocks to remove, for imprinting, layer-... and block-gate")
     add("--channels", type=count_or_fraction, help="coupled channels to keep: a count (223) or a fraction (0.5)")
     add(
         "--schedule",
@@ -77,7 +80,14 @@ def add_job(parser: jsonargparse.ArgumentParser) -> None:
     add("--stages", type=fractions, default={}, help="channels to keep by stage, layer1=0.7,layer2=0.4: a proportion")
     add("--round-to", type=above(1), default=1, help="make widths multiples of this")
     add("--min-channels", type=above(1), default=1, help="make no layer narrower than this")
-    add("--ignore", type=names, default=(), help="layers to leave whole, by name, separated by commas")
+    add("--ignore", type=names, default=(), help="layers (or blocks) to leave whole, by name, separated by commas")
+    add(
+        "--candidates",
+        type=str,
+        choices=("outermost", "innermost", "all"),
+        default="outermost",
+        help="which of blocks inside blocks a method for layers may remove",
+    )
     add("--epochs", type=above(0), default=0, help="epochs of fine-tuning")
     add("--lr", type=number, default=0.05, help="learning rate of fine-tuning")
     add("--pretrain-epochs", type=above(0), default=0, help="epochs to train the dense network first")
@@ -96,7 +106,12 @@ def add_job(parser: jsonargparse.ArgumentParser) -> None:
     add("--amp-dtype", type=str, choices=("bfloat16", "float16"), default="bfloat16", help="its lower precision")
     add("--channels-last", action="store_true", help="channels-last memory format: faster convolutions")
     add("--checkpoint-every", type=above(1), help="minibatches between checkpoints (every epoch)")
-    add("--latency-batch-sizes", type=integers, default=(1, 64), help="batch sizes to measure the latency at")
+    add(
+        "--latency-batch-sizes",
+        type=integers,
+        default=(1, 64),
+        help="batch sizes to measure the latency at; --latency is held at the first",
+    )
 
 
 def run(arguments: Any, command: str) -> None:
@@ -161,18 +176,7 @@ def job_of(arguments: Any) -> Any:
     if in_vain and arguments.schedule != "one-shot":
         flag = {"reestimate": "bn-reestimate"}.get(in_vain[0], in_vain[0].replace("_", "-"))
         raise argparse.ArgumentError(None, f"--{flag} belongs to --schedule one-shot: others prune while they train")
-    given = {flag: value for flag in ("macs", "params", "channels") if (value := arguments[flag]) is not None}
-    if len(given) != 1:
-        raise argparse.ArgumentError(
-            None,
-            f"give one budget of --macs, --params and --channels, got "
-            f"{' and '.join(f'--{flag}' for flag in given) or 'none'}",
-        )
-    [(flag, amount)] = given.items()
-    try:
-        budget: Budget = MACs(amount) if flag == "macs" else Params(amount) if flag == "params" else Channels(amount)
-    except BudgetError as error:
-        raise argparse.ArgumentError(None, f"--{flag}: {str(error).rstrip('.')}") from error
+    budget = _budget_of(arguments)
     amp = {"bfloat16": "bf16", "float16": "fp16"}[arguments.amp_dtype] if arguments.amp else "no"
     shared = {
         field.name: arguments[field.name]
@@ -196,6 +200,32 @@ def job_of(arguments: Any) -> Any:
             "finetune": finetune,
         }
     )
+
+
+BUDGETS: dict[str, Callable[[Any, Any], Budget]] = {
+    "macs": lambda amount, _: MACs(amount),
+    "params": lambda amount, _: Params(amount),
+    "channels": lambda amount, _: Channels(amount),
+    "layers": lambda amount, _: Layers(amount),
+    "latency": lambda amount, given: Latency(**amount, batch_size=given.latency_batch_sizes[0], device=given.device),
+}
+"""What each flag stands for, given its value and all arguments."""
+
+
+def _budget_of(arguments: Any) -> Budget:
+    given = {flag: value for flag in BUDGETS if (value := arguments[flag]) is not None}
+    if len(given) != 1:
+        *some, last = (f"--{flag}" for flag in BUDGETS)
+        raise argparse.ArgumentError(
+            None,
+            f"give one budget of {', '.join(some)} and {last}, got "
+            f"{' and '.join(f'--{flag}' for flag in given) or 'none'}",
+        )
+    [(flag, amount)] = given.items()
+    try:
+        return BUDGETS[flag](amount, arguments)
+    except BudgetError as error:
+        raise argparse.ArgumentError(None, f"--{flag}: {str(error).rstrip('.')}") from error
 
 
 def _table(metrics: dict[str, Any]) -> Any:

@@ -106,6 +106,21 @@ class OBS(GateReader):
             parameters += [id(tensor_of(model, piece.tensor)) for piece in pieces]
         return len(set(parameters)) == len(parameters)  # a shared weight would take the factor twice
 
+    @property
+    def rows(self) -> Tensor:
+        """Gate gradients of the samples so far, `[samples, gates]`, the groups' gates one after the other."""
+        return torch.cat(self._gradients)
+
+    @property
+    def movable(self) -> Tensor:
+        """Which gates can take a factor, bool, `[gates]`."""
+        return self._movable
+
+    def gates_of(self, group: ChannelGroup) -> slice | Tensor:
+        """Return where a group's gates lie among the columns."""
+        assert self._layout is not None
+        return self._layout.gates_of(group)
+
     # -- what the pruner asks ----------------------------------------------------------------------------
 
     def _score(self, group: ChannelGroup) -> Tensor:

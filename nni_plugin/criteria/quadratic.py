@@ -18,6 +18,7 @@ within a chunk removals see each other exactly among a pool of candidates; the r
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -39,7 +40,12 @@ def damped(gradients: Tensor, damping: float) -> float:
 
 
 def removal_order(
-    gradients: Tensor, damping: float = 0.1, costs: Tensor | None = None, *, chunk: int | None = None
+    gradients: Tensor,
+    damping: float = 0.1,
+    costs: Tensor | None = None,
+    *,
+    chunk: int | None = None,
+    holds: Mapping[int, Tensor] | None = None,
 ) -> Tensor:
     """Rank gates by greedy removal with compensation: next goes the one that costs least loss (per unit of cost).
 
@@ -49,9 +55,12 @@ def removal_order(
         costs: What removing each gate saves, positive, shape `[M]`; None: all the same.
         chunk: Gates removed between two exact updates of all others; None: 1 up to 512 gates, then
             1/100 of them.
+        holds: By the number of a gate on something that holds others (a block) those others: once it is closed they
+            have nothing more to say, and they are held where they are. It is taken alone, not in a chunk.
 
     Returns:
-        Gates in the order of their removal, int64, shape `[M]`.
+        Gates in the order of their removal, int64, shape `[M]`, or fewer: those that another one has taken along are
+        left out.
     """
     gates = gradients.shape[1]
     if gates == 0:
@@ -62,17 +71,28 @@ def removal_order(
     cost = torch.ones(gates, dtype=torch.float64) if costs is None else costs.double()
     alive = torch.arange(gates)
     order: list[Tensor] = []
+    holder = torch.zeros(gates, dtype=torch.bool)
+    holder[list(holds or ())] = True
     while len(alive):
-        loss = 0.5 * value.square() / inverse.diagonal()
-        count = min(chunk, len(alive))
-        pool = torch.topk(loss / cost[alive], min(POOL * count, len(alive)), largest=False).indices
-        gone = pool[_greedy(inverse.block(pool), value[pool], cost[alive][pool], count)]
+        price = 0.5 * value.square() / inverse.diagonal() / cost[alive]
+        first, count = int(price.argmin()), min(chunk, len(alive))
+        if holder[alive[first]]:
+            gone = torch.tensor([first])
+        else:
+            before_holders = price.masked_fill(holder[alive], torch.inf)
+            number = min(POOL * count, int(before_holders.isfinite().sum()))
+            pool = torch.topk(before_holders, number, largest=False).indices
+            gone = pool[_greedy(inverse.block(pool), value[pool], cost[alive][pool], min(count, number))]
         order.append(alive[gone])
         value = value - inverse.columns(gone) @ torch.linalg.solve(inverse.block(gone), value[gone])
         stays = torch.ones(len(alive), dtype=torch.bool)
         stays[gone] = False
         inverse.remove(gone, stays)
         value, alive = value[stays], alive[stays]
+        if holds and bool(holder[order[-1]].any()):
+            held = torch.isin(alive, holds[int(order[-1])])
+            inverse.remove(held.nonzero().flatten(), ~held)
+            value, alive = value[~held], alive[~held]
     return torch.cat(order)
 
 

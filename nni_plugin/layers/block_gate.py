@@ -31,7 +31,14 @@ from nni_plugin.layers.trace import eval_mode, main_tensor
 from nni_plugin.processes import summed
 
 
-def block_gate_gradients(model: nn.Module, blocks: Sequence[Block], batches: Iterable[Any], loss_fn: LossFn) -> Tensor:
+def block_gate_gradients(
+    model: nn.Module,
+    blocks: Sequence[Block],
+    batches: Iterable[Any],
+    loss_fn: LossFn,
+    *,
+    max_samples: int | None = None,
+) -> Tensor:
     """Return the gradient of every sample's loss with respect to a gate on each block.
 
     Args:
@@ -39,6 +46,7 @@ def block_gate_gradients(model: nn.Module, blocks: Sequence[Block], batches: Ite
         blocks: The blocks to put gates on; those nested in each other too, each gate as if it were alone.
         batches: Minibatches, gone through once.
         loss_fn: `loss_fn(model, batch)` -> a finite scalar, the mean over the samples of the minibatch.
+        max_samples: Once there are so many rows, further minibatches are not looked at.
 
     Returns:
         `dE_n/dz_b`, float64 on the CPU, shape `[samples, blocks]`, the samples of this process.
@@ -54,7 +62,9 @@ def block_gate_gradients(model: nn.Module, blocks: Sequence[Block], batches: Ite
             if not isinstance(loss, Tensor) or loss.dim() != 0 or not loss.requires_grad:
                 raise CriterionError(f"loss_fn must return a scalar tensor that depends on the network, got {loss}.")
             rows.append(gates.gradients(loss))
-    return torch.cat(rows)
+            if max_samples is not None and sum(map(len, rows)) >= max_samples:
+                break
+    return torch.cat(rows)[:max_samples]
 
 
 class BlockGate(LayerImportance):

@@ -6,6 +6,7 @@ if importlib.util.find_spec("nni") is None:
     raise ImportError('These are pruners for NNI, which is not installed: pip install "nni-plugin[nni]".')
 
 from nni_plugin.pruners.base import ChannelMaskPruner
+from nni_plugin.pruners.blocks import BlockPruner, ImprintingPruner, LayerStatisticPruner
 from nni_plugin.pruners.dependencies import auto_set_dependency_group_ids
 from nni_plugin.pruners.evaluators import LightningEvaluator, TorchEvaluator
 from nni_plugin.pruners.methods import (
@@ -27,11 +28,14 @@ from nni_plugin.pruners.speedup import ModelSpeedup
 
 __all__ = [
     "BNScalePruner",
+    "BlockPruner",
     "ChannelMaskPruner",
     "FPGMPruner",
     "FeatureMapPruner",
+    "ImprintingPruner",
     "L1NormPruner",
     "L2NormPruner",
+    "LayerStatisticPruner",
     "LightningEvaluator",
     "ModelSpeedup",
     "OBDPruner",

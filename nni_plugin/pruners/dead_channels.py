@@ -11,7 +11,7 @@ What becomes of these is the matter of :mod:`nni_plugin.pruners.constants`.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -61,7 +61,10 @@ def dead_channels(model: nn.Module, group: ChannelGroup, masks: Mapping[str, Ten
 
 
 def plan_from_masks(
-    model: nn.Module, groups: Iterable[ChannelGroup], masks: Mapping[str, Tensor]
+    model: nn.Module,
+    groups: Iterable[ChannelGroup],
+    masks: Mapping[str, Tensor],
+    called: Callable[[str], str] = str,
 ) -> tuple[PruningPlan, tuple[Verdict, ...]]:
     """Turn masks into a plan.
 
@@ -69,6 +72,7 @@ def plan_from_masks(
         model: The network; left as it is.
         groups: Its coupled groups, found with `keep_host=True`.
         masks: One boolean mask a parameter, True where it is kept, by name; parameters not named are kept.
+        called: What a layer is called in the verdicts, by its name in `model`; the plan has the names of `model`.
 
     Returns:
         The plan, with an entry for every group that may be pruned, and a verdict for every group that a mask asks of.
@@ -76,12 +80,15 @@ def plan_from_masks(
     entries, verdicts = [], []
     for group in groups:
         asked, alive, begins = _follow(model, group, masks)
+        begins = [(called(path), gives) for path, gives in begins]
         gone, reason = _choose(group, asked, alive, begins)
         if group.fixed is None:
             entries.append(GroupPlan(group.name, group.width, tuple((~gone).nonzero().flatten().tolist())))
         if bool(asked.any()):
-            over = [m.path for m in group.members if isinstance(_module(model, m), CHANNEL_NORMS)] if gone.any() else []
-            verdicts.append(Verdict(group.name, group.width, int(asked.sum()), int(gone.sum()), reason, tuple(over)))
+            norms = [called(m.path) for m in group.members if isinstance(_module(model, m), CHANNEL_NORMS)]
+            over = tuple(norms) if gone.any() else ()
+            counts = int(asked.sum()), int(gone.sum())
+            verdicts.append(Verdict(called(group.name), group.width, *counts, reason, over))
     return PruningPlan(tuple(entries), provenance={"method": "masks"}), tuple(verdicts)
 
 

@@ -271,8 +271,8 @@ def training_loss(evaluator: Any) -> Callable[[nn.Module, Any], Tensor]:
     step = getattr(evaluator, "_ori_training_step", None)
     if step is None:
         raise ConfigError(
-            f"The loss of a {type(evaluator).__name__} cannot be computed on changed networks: give the criterion one, "
-            "as criterion=Oracle(loss_fn) with loss_fn(model, batch). The model is unchanged."
+            f"The loss of a {type(evaluator).__name__} cannot be computed on changed networks: take a TorchEvaluator, "
+            "or give the criterion one, criterion=Oracle(loss_fn) with loss_fn(model, batch). The model is unchanged."
         )
 
     def loss_fn(model: nn.Module, batch: Any) -> Tensor:

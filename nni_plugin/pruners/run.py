@@ -10,18 +10,42 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from nni_plugin.criteria.base import Criterion
 from nni_plugin.errors import CriterionError
 from nni_plugin.groups import ChannelGroup
 from nni_plugin.pruners.evaluators import training_loss, untrained
 from nni_plugin.pruners.wrapping import unwrapped
+
+
+class Observer(Protocol):
+    """What gathers data while an evaluator trains: any criterion of `nni_plugin.criteria`, or :class:`Minibatches`."""
+
+    needs_data: bool
+    """Whether any minibatch must be seen at all."""
+
+    needs_graph: bool
+    """Whether gradients must be differentiable once more."""
+
+    needs_batch: bool
+    """Whether `update` is given the minibatch, when its loss has been computed."""
+
+    loss_fn: Callable[[nn.Module, Any], Tensor] | None
+    """The loss, for one that is given minibatches; the evaluator's unless it has one already."""
+
+    def collect(self, model: nn.Module, groups: Sequence[ChannelGroup] = ()) -> AbstractContextManager[Any]:
+        """Watch a network while minibatches run."""
+
+    def update(self, batch: Any = None) -> None:
+        """Take in one minibatch."""
+
+    def reset(self) -> None:
+        """Forget everything gathered."""
 
 
 @dataclass(frozen=True)
@@ -44,8 +68,8 @@ class Run:
 
     Args:
         model: The wrapped network.
-        criterion: What to gather for.
-        groups: The groups to score.
+        observer: What gathers.
+        groups: The groups to score, for a criterion.
         schedule: When masks are due.
         regenerate: Makes masks from what was gathered.
     """
@@ -53,24 +77,24 @@ class Run:
     def __init__(
         self,
         model: nn.Module,
-        criterion: Criterion,
+        observer: Observer,
         groups: Sequence[ChannelGroup],
         schedule: Schedule,
         regenerate: Callable[[], None],
     ) -> None:
-        self.model, self.criterion, self.groups = model, criterion, groups
+        self.model, self.observer, self.groups = model, observer, groups
         self.schedule, self.regenerate = schedule, regenerate
         self.step, self.steps, self.times = 0, 0, 0
         self._collecting = ExitStack()
         self._open = False
         self._strays: list[nn.Parameter] = []
-        self._on_loss = criterion.needs_graph or criterion.needs_batch
+        self._on_loss = observer.needs_graph or observer.needs_batch
 
     def attach(self, evaluator: Any) -> None:
         """Act around the optimizer's step of an evaluator that is bound and about to train."""
-        self.criterion.reset()
-        if self.criterion.needs_batch and self.criterion.loss_fn is None:
-            self.criterion.loss_fn = training_loss(evaluator)
+        self.observer.reset()
+        if self.observer.needs_batch and self.observer.loss_fn is None:
+            self.observer.loss_fn = training_loss(evaluator)
         self._strays = untrained(evaluator, self.model)
         if self._on_loss:
             evaluator.patch_loss(self._at_loss)
@@ -96,7 +120,7 @@ class Run:
     def _before_step(self) -> None:
         if self._open and not self._on_loss:
             with unwrapped(self.model):
-                self.criterion.update()
+                self.observer.update()
 
     def _after_step(self) -> None:
         self.steps += 1
@@ -108,19 +132,19 @@ class Run:
         if self.step == self.schedule.interval:
             self._close()
             self.regenerate()
-            self.criterion.reset()
+            self.observer.reset()
             self.step, self.times = 0, self.times + 1
         self._open_if_due()
 
     def _at_loss(self, loss: Tensor, batch: Any) -> Tensor:
         if not self._open or not loss.requires_grad:  # a validation step that shares the function
             return loss
-        if self.criterion.needs_graph:
+        if self.observer.needs_graph:
             with unwrapped(self.model), _gradients_with_graph(self.model, loss):
-                self.criterion.update(batch)
+                self.observer.update(batch)
         else:
             with unwrapped(self.model, masked=True), torch.random.fork_rng():
-                self.criterion.update(batch)
+                self.observer.update(batch)
         return loss
 
     def _open_if_due(self) -> None:
@@ -128,7 +152,7 @@ class Run:
         due = self.times < self.schedule.times and self.step >= self.schedule.interval - self.schedule.window
         if due and not self._open and self.schedule.window:
             with unwrapped(self.model):
-                self._collecting.enter_context(self.criterion.collect(self.model, self.groups))
+                self._collecting.enter_context(self.observer.collect(self.model, self.groups))
             self._open = True
 
     def _close(self) -> None:

@@ -1,7 +1,8 @@
 """`ModelSpeedup` where NNI's own does not run any more: masks in, a smaller network out.
 
-The masks become a :class:`~nni_plugin.plan.PruningPlan` and are applied through the dependency graph, in four steps:
-weights are multiplied with their masks; the channels that nobody gets anything from are found
+The masks become a :class:`~nni_plugin.plan.PruningPlan` and are applied through the dependency graph, in five steps:
+weights are multiplied with their masks; the blocks that add nothing are found and leave whole
+(:mod:`~nni_plugin.pruners.dead_blocks`); in what remains, the channels that nobody gets anything from are found
 (:mod:`~nni_plugin.pruners.dead_channels`); their constants are handed to their readers
 (:mod:`~nni_plugin.pruners.constants`); they are cut. The result is compared with the masked network, and what
 could not be removed, or is not the same, is said.
@@ -11,9 +12,9 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -22,56 +23,22 @@ from torch import Tensor, nn
 from nni_plugin.adapters.torch_pruning import find_groups, sound_groups, verify
 from nni_plugin.adapters.torch_pruning.apply import apply_plan
 from nni_plugin.adapters.torch_pruning.surgery import CUTS, sliced
+from nni_plugin.adapters.torch_pruning.verify import verify_with_blocks
 from nni_plugin.cost import call, count, tensors_in
 from nni_plugin.errors import MaskError, SurgeryError
 from nni_plugin.groups import ChannelGroup
+from nni_plugin.layers.removal import Removal, find_removal
 from nni_plugin.plan import PruningPlan
 from nni_plugin.pruners.constants import Constants
+from nni_plugin.pruners.dead_blocks import dead_blocks
 from nni_plugin.pruners.dead_channels import Verdict, dead_channels, plan_from_masks
 from nni_plugin.pruners.line_up import Order, note_orders, order_of, reorder
 from nni_plugin.pruners.masks import load_masks, parameter_masks
+from nni_plugin.pruners.speedup_report import SpeedupReport
 from nni_plugin.tensors import tensor_of
 
 TOLERANCE = 1e-5
 """Difference of masked and compact network, over the largest output, from which on it is warned of."""
-
-
-@dataclass(frozen=True)
-class SpeedupReport:
-    """What became of the masks.
-
-    Args:
-        groups: A verdict for each coupled group that a mask asks channels of.
-        max_abs: Largest absolute difference between outputs of the masked and of the compact network, on the dummy
-            input and on its values in another order.
-        max_rel: The same over the largest absolute output of the masked network.
-        inexact: By path of a layer, why it does not give exactly what it gave under the masks.
-        zeros_left: Masked weights that are still in the network, as zeros.
-    """
-
-    groups: tuple[Verdict, ...]
-    max_abs: float
-    max_rel: float
-    inexact: Mapping[str, str]
-    zeros_left: int
-
-    @property
-    def left(self) -> tuple[Verdict, ...]:
-        """The groups that keep channels which some mask asks to remove."""
-        return tuple(verdict for verdict in self.groups if verdict.removed < verdict.asked)
-
-    def __str__(self) -> str:
-        """Return a few lines for a person to read."""
-        asked, removed = (sum(getattr(v, name) for v in self.groups) for name in ("asked", "removed"))
-        lines = [
-            f"{removed} of {asked} masked coupled channels removed; {self.zeros_left} masked weights stay as zeros"
-        ]
-        lines += [f"{v.name!r}: {v.removed} of {v.asked} removed; {v.reason}" for v in self.left]
-        lines.append(f"masked against compact: {self.max_abs:.3g} absolute, {self.max_rel:.3g} relative")
-        for why in dict.fromkeys(self.inexact.values()):
-            first, *more = [path for path, reason in self.inexact.items() if reason == why]
-            lines.append(f"{first!r}{f' and {len(more)} more' if more else ''}: {why}")
-        return "\n".join(lines)
 
 
 class ModelSpeedup:
@@ -92,9 +59,10 @@ class ModelSpeedup:
         logger: Is told the report; None for this module's own.
 
     Attributes:
-        plan: The plan that was applied; `carry_optimizer(optimizer, speedup.plan)` takes an optimizer along. None
-            before :meth:`speedup_model`. Channels of grouped layers may be put into another order first; the plan then
-            counts in that order, and `plan.provenance["reordered"]` has the old channel at each place, by group.
+        plan: The plan that was applied, blocks and channels in one; `carry_optimizer(optimizer, speedup.plan)` takes an
+            optimizer along. None before :meth:`speedup_model`. Channels of grouped layers may be put into another order
+            first; the plan then counts in that order, and `plan.provenance["reordered"]` has the old channel at each
+            place, by group.
         report: What became of the masks, None before.
 
     Raises:
@@ -159,20 +127,34 @@ class ModelSpeedup:
         groups = find_groups(model, inputs, keep_host=True)
         before = count(model, inputs)
         with _restored_on_error(model):
-            for name, mask in self.masks.items():
-                parameter = tensor_of(model, name).data
-                parameter.mul_(mask.to(parameter))
+            masks = {tensor_of(model, name): mask for name, mask in self.masks.items()}
+            for parameter, mask in masks.items():
+                parameter.data.mul_(mask.to(parameter))
             expected = self._outputs()
-            orders = self._line_up(groups, expected)
-            plan, verdicts, groups = self._plan(groups)
-            reordered = {order.group.name: order.source.tolist() for order in orders}
-            plan = replace(plan, cost_before=before, provenance={**plan.provenance, "reordered": reordered})
-            constants = Constants(model, plan, groups)
-            with constants.listening():
-                self._outputs()
-            inexact = constants.fold()
+            removal, blocks_left = self._dead_blocks()
+            called = removal.names.before
+            with _taken_out(removal, model):
+                here = {name: masks[parameter] for name, parameter in model.named_parameters() if parameter in masks}
+                if removal.blocks:
+                    groups = find_groups(model, inputs, keep_host=True)
+                orders = self._line_up(groups, here, expected)
+                plan, verdicts, groups = self._plan(groups, here, called)
+                constants = Constants(model, plan, groups)
+                with constants.listening():
+                    self._outputs()
+                inexact = {called(path): why for path, why in constants.fold().items()}
+            plan = replace(
+                plan,
+                groups=tuple(replace(entry, name=called(entry.name)) for entry in plan.groups),
+                removed_blocks=tuple(block.name for block in removal.blocks),
+                cost_before=before,
+                provenance={
+                    **plan.provenance,
+                    "reordered": {called(order.group.name): order.source.tolist() for order in orders},
+                },
+            )
             apply_plan(model, plan, inputs, groups=groups)
-        zeros_left = self._zeros_left(plan)
+        zeros_left = _zeros_left(model, masks, plan)
         note_orders(model, plan, orders)
         difference, relative = _distance(expected, self._outputs())
         for path in (path for verdict in verdicts for path in verdict.renormalised):
@@ -182,37 +164,55 @@ class ModelSpeedup:
         assert isinstance(applied, PruningPlan)
         model.pruning_plan = replace(applied, cost_after=after)
         self.plan = replace(plan, cost_after=after)
-        self.report = SpeedupReport(verdicts, difference, relative, inexact, zeros_left)
+        removed = self.plan.removed_blocks
+        self.report = SpeedupReport(verdicts, difference, relative, inexact, zeros_left, removed, blocks_left)
         self.logger.info("%s; %s -> %s", self.report, before, after)
-        if self.report.left or not relative <= TOLERANCE:
+        if self.report.left or blocks_left or not relative <= TOLERANCE:
             warnings.warn(str(self.report), stacklevel=2)
         return model
 
-    def _line_up(self, groups: list[ChannelGroup], expected: list[Tensor]) -> list[Order]:
+    def _dead_blocks(self) -> tuple[Removal, dict[str, str]]:
+        """Find the blocks that add nothing, and how they leave; those that must stay, with the reasons."""
+        blocks, stay = dead_blocks(self.model, self.masks, self.dummy_input)
+        nothing = Removal((), (), {})
+        if not blocks:
+            return nothing, stay
+        names = tuple(block.name for block in blocks)
+        removal = find_removal(self.model, names, self.dummy_input)
+        try:
+            parity = verify_with_blocks(self.model, PruningPlan((), names), removal, self.dummy_input)
+            failure = None if parity.ok else str(parity)
+        except SurgeryError as error:
+            failure = str(error)
+        return (removal, stay) if failure is None else (nothing, stay | dict.fromkeys(names, failure))
+
+    def _line_up(self, groups: list[ChannelGroup], masks: Mapping[str, Tensor], expected: list[Tensor]) -> list[Order]:
         """Reorder channels where that lets more of them leave; taken back should the outputs change."""
         orders = []
         for group in groups:
             if group.fixed is None and group.units < group.width:
-                order = order_of(self.model, group, dead_channels(self.model, group, self.masks))
+                order = order_of(self.model, group, dead_channels(self.model, group, masks))
                 if order is not None:
-                    reorder(self.model, self.masks, order)
+                    reorder(self.model, masks, order)
                     orders.append(order)
         if orders and not _distance(expected, self._outputs())[1] <= TOLERANCE:
             for order in reversed(orders):
-                reorder(self.model, self.masks, order.inverse)
+                reorder(self.model, masks, order.inverse)
             return []
         return orders
 
-    def _plan(self, groups: list[ChannelGroup]) -> tuple[PruningPlan, tuple[Verdict, ...], list[ChannelGroup]]:
+    def _plan(
+        self, groups: list[ChannelGroup], masks: Mapping[str, Tensor], called: Callable[[str], str]
+    ) -> tuple[PruningPlan, tuple[Verdict, ...], list[ChannelGroup]]:
         """Turn the masks into a plan that the network survives; groups that fail are left whole, with the reason."""
-        plan, verdicts = plan_from_masks(self.model, groups, self.masks)
+        plan, verdicts = plan_from_masks(self.model, groups, masks, called)
         try:
             sound = verify(self.model, plan, self.dummy_input, groups=groups).ok
         except SurgeryError:
             sound = False
         if not sound:
             groups = sound_groups(self.model, groups, self.dummy_input)
-            plan, verdicts = plan_from_masks(self.model, groups, self.masks)
+            plan, verdicts = plan_from_masks(self.model, groups, masks, called)
         return plan, verdicts, groups
 
     @torch.no_grad()
@@ -228,13 +228,25 @@ class ModelSpeedup:
                 module.training = training
         return [tensor for tensor in tensors_in(outputs) if tensor.is_floating_point()]
 
-    def _zeros_left(self, plan: PruningPlan) -> int:
-        """Count the masked weights that no cut has taken away."""
-        left, digest = 0, plan.digest
-        for name, mask in self.masks.items():
-            cuts = [cut for cut in CUTS.get(tensor_of(self.model, name), []) if cut.digest == digest]
-            left += int((~sliced(mask, cuts[-1].keep if cuts else {})).sum())
-        return left
+
+def _zeros_left(model: nn.Module, masks: Mapping[Tensor, Tensor], plan: PruningPlan) -> int:
+    """Count the masked weights that are still there once a plan has been applied."""
+    left, digest = 0, plan.digest
+    for parameter in model.parameters():
+        if parameter in masks:
+            cuts = [cut for cut in CUTS.get(parameter, []) if cut.digest == digest]
+            left += int((~sliced(masks[parameter], cuts[-1].keep if cuts else {})).sum())
+    return left
+
+
+@contextmanager
+def _taken_out(removal: Removal, model: nn.Module) -> Iterator[None]:
+    """Have blocks out of a network for a while."""
+    put_back = removal.perform(model)
+    try:
+        yield
+    finally:
+        put_back()
 
 
 def _distance(expected: list[Tensor], got: list[Tensor]) -> tuple[float, float]:

@@ -24,7 +24,7 @@ from nni_plugin.masks import removed_positions
 from nni_plugin.tensors import tensor_of
 
 _WRAPPER = "_nni_wrapper"
-_MASKED = ("dense", "depthwise", "norm", "embedding")
+MASKED = ("dense", "depthwise", "norm", "embedding")
 """Kinds of layers that write or carry a channel and are masked; others give zero for zero."""
 
 Masks = dict[str, dict[str, Tensor]]
@@ -78,7 +78,7 @@ def masked_members(groups: Iterable[ChannelGroup], readers: Collection[str] = ()
         (group, member)
         for group in groups
         for member in group.members
-        if (member.kind in _MASKED if member.axis == "out" else member.path in readers)
+        if (member.kind in MASKED if member.axis == "out" else member.path in readers)
     ]
 
 

@@ -36,6 +36,16 @@ def resnet(width: float = 0.5, seed: int = 0) -> ResNet:
     return model.train()
 
 
+def deep_resnet(seed: int = 0) -> ResNet:
+    """One of three blocks a stage, 4, 8 and 16 channels wide, of which seven blocks can be removed."""
+    torch.manual_seed(seed)
+    model = ResNet(3, num_classes=CLASSES, width_mult=0.25).double()
+    for layer in model.modules():
+        if isinstance(layer, nn.BatchNorm2d):
+            nn.init.uniform_(layer.bias, -0.5, 0.5)
+    return model.train()
+
+
 class Plain(nn.Module):
     """Convolutions and linear layers with biases and no normalisation."""
 

@@ -1,0 +1,129 @@
+"""`nni-plugin layers`: what every removable block of a network costs and is worth."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from importlib.util import find_spec
+from typing import Any
+
+import jsonargparse
+
+from nni_plugin.cli.arguments import above, add_common, add_data, add_model, data_kwargs, integers, names, number
+from nni_plugin.errors import TrainingError
+
+DESCRIPTION = "Measure every block that can be removed whole: latency, cost, importance by criterion, loss without it."
+
+
+def add_arguments(parser: jsonargparse.ArgumentParser) -> None:
+    """Declare the flags of `layers`."""
+    add = parser.add_argument
+    add_model(parser, required=True)
+    add_data(parser)
+    add(
+        "--criteria",
+        type=names,
+        help="separated by commas: imprinting, layer-..., block-gate (LayerPrune's, and gates)",
+    )
+    add(
+        "--candidates",
+        type=str,
+        choices=("outermost", "innermost", "all"),
+        default="outermost",
+        help="of blocks inside blocks, such as the branches of a transformer's, which to take",
+    )
+    add("--score-batches", type=above(1), help="minibatches that the criteria see (all training data once)")
+    add(
+        "--held-out", type=number, default=0.1, help="share of the training images that only accuracies are measured on"
+    )
+    add("--removal-images", type=above(0), default=1000, help="of these, images for the loss without each block")
+    add("--latency-batch-sizes", type=integers, default=(1, 64), help="batch sizes to measure the latency at")
+    add("--pretrain-epochs", type=above(0), default=0, help="epochs to train the network first")
+    add("--pretrain-lr", type=number, default=0.1, help="learning rate of that")
+    add("--opt", type=str, default="sgd", help="optimizer of timm")
+    add("--momentum", type=number, default=0.9, help="momentum of the optimizer")
+    add("--weight-decay", type=number, default=5e-4, help="weight decay")
+    add("--sched", type=str, default="cosine", help="learning-rate schedule of timm")
+    add("--checkpoint-every", type=above(1), help="minibatches of training between checkpoints (every epoch)")
+    add("--resume", action="store_true", help="go on with the run that was interrupted in --output")
+    add_common(parser, output_required=True)
+
+
+def run(arguments: Any, command: str) -> None:
+    """Run `layers`.
+
+    Raises:
+        NNIPluginError: Anything the user can mend.
+    """
+    missing = [name for name in ("accelerate", "torchmetrics", "sklearn", "matplotlib") if find_spec(name) is None]
+    if missing:
+        raise TrainingError(f'{", ".join(missing)} not installed; layers needs pip install "nni-plugin[train,plots]"')
+    # Accelerate and the training stack load only when they are needed.
+    from rich.console import Console
+
+    from nni_plugin.layers_job import run_layers
+    from nni_plugin.workspace import STATE
+
+    console = Console(highlight=False)
+    finished = (arguments.output / "layers.json").is_file() and not (arguments.output / STATE).exists()
+    if arguments.resume and finished:
+        console.print(f"{arguments.output} holds a finished run: there is nothing to resume.", markup=False)
+        return
+    record = run_layers(
+        _job(arguments),
+        resume=arguments.resume,
+        command=command,
+        say=lambda text: console.print(text, markup=False, soft_wrap=True),
+    )
+    console.print(_blocks(record))
+    console.print(_criteria(record))
+    where = f"{arguments.output}/importance.png and latency.png show the bars, layers.csv holds the numbers"
+    console.print(where, markup=False, soft_wrap=True)
+
+
+def _job(arguments: Any) -> Any:
+    from nni_plugin.adapters.training import TrainingConfig
+    from nni_plugin.layers_job import CRITERIA, LayersJob
+
+    shared = {field.name: arguments[field.name] for field in fields(TrainingConfig) if field.name in arguments}
+    try:
+        pretrain = TrainingConfig(**{**shared, "epochs": arguments.pretrain_epochs, "lr": arguments.pretrain_lr})
+    except TrainingError as error:
+        raise TrainingError(str(error).replace("--lr", "--pretrain-lr")) from error
+    direct = {field.name: arguments[field.name] for field in fields(LayersJob) if field.name in arguments}
+    criteria = CRITERIA if arguments.criteria is None else tuple(dict.fromkeys(arguments.criteria))
+    return LayersJob(**{**direct, "criteria": criteria, "data_kwargs": data_kwargs(arguments), "pretrain": pretrain})
+
+
+def _blocks(record: dict[str, Any]) -> Any:
+    from rich.table import Table
+
+    settings = record["settings"]
+    table = Table(title=f"{settings['model']} on {settings['dataset']}: what each block costs")
+    columns = {f"ms at {size}": f"latency_ms_{size}" for size in settings["latency_batch_sizes"]}
+    columns |= {"M MACs": "macs_saved", "loss without": "loss_change", "points": "top1_change"}
+    table.add_column("block", no_wrap=True)
+    for heading in columns:
+        table.add_column(heading, justify="right")
+    for row in record["blocks"]:
+        cells = {**row, "macs_saved": row["macs_saved"] / 1e6}
+        table.add_row(row["block"], *(_number(cells[key]) for key in columns.values()))
+    return table
+
+
+def _criteria(record: dict[str, Any]) -> Any:
+    from rich.table import Table
+
+    table = Table(title="which blocks leave first", caption="Spearman: with the change of the loss without each block")
+    for heading in ("criterion", "first to leave"):
+        table.add_column(heading)
+    for heading in ("Spearman", "seconds"):
+        table.add_column(heading, justify="right")
+    for name, found in record["criteria"].items():
+        first = sorted(record["blocks"], key=lambda row: row[f"{name}_rank"])[:3]
+        agreement = record["spearman"][name].get("loss_change")
+        table.add_row(name, " ".join(row["block"] for row in first), _number(agreement), _number(found["seconds"]))
+    return table
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3g}"

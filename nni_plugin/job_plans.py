@@ -1,0 +1,133 @@
+"""The plan of a job that prunes before it trains: whatever the method, what comes out is a PruningPlan.
+
+The network is as it was afterwards; applying the plan is the host's affair.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from torch import Tensor, nn
+
+from nni_plugin.budgets import Channels, Layers
+from nni_plugin.channel_pruner import ChannelPruner
+from nni_plugin.criteria.ablation import cross_entropy
+from nni_plugin.errors import BudgetError, ScheduleError
+from nni_plugin.job import Job
+from nni_plugin.layer_planner import check_reachable, plan_layers
+from nni_plugin.layers import LayerImportance
+from nni_plugin.layers.methods import LAYER_METHODS, create_layer_importance
+from nni_plugin.methods import create_criterion
+from nni_plugin.plan import PruningPlan
+from nni_plugin.planner import run_without_training, unchanged
+from nni_plugin.schedules import Gradual, OneShot
+
+_OF_CHANNELS = ("round_to", "min_channels", "select", "cost_aware", "divide_by_blocks", "stages")
+_DEFAULTS = {name: getattr(Job(model="", output=Path(), budget=Layers(1)), name) for name in _OF_CHANNELS}
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A plan, and the seconds that scoring and planning took."""
+
+    plan: PruningPlan
+    seconds: dict[str, float]
+
+
+def method_of(job: Job) -> Any:
+    """Return what a job's method stands for: a criterion for channels, or an importance of layers.
+
+    Raises:
+        CriterionError: There is no such method.
+    """
+    if job.method in LAYER_METHODS:
+        return create_layer_importance(job.method, job.seed)
+    return create_criterion(job.method, job.seed)
+
+
+def pruner_of(
+    job: Job, model: nn.Module, examples: Tensor, criterion: Any, cut: Literal["end", "never"]
+) -> ChannelPruner:
+    """Return the pruner of a job for channels; its schedule is one shot."""
+    return ChannelPruner(
+        model,
+        examples,
+        criterion,
+        job.budget,
+        schedule=OneShot(),
+        round_to=job.round_to,
+        min_channels=job.min_channels,
+        ignore=job.ignore,
+        select=job.select,
+        cost_aware=job.cost_aware,
+        divide_by_blocks=job.divide_by_blocks,
+        stages=job.stages,
+        cut=cut,
+    )
+
+
+def check_job(job: Job, method: Any, model: nn.Module, examples: Tensor) -> None:
+    """Refuse what a job asks in vain, before hours of training.
+
+    Raises:
+        BudgetError: The budget is of another kind than the method, is out of reach, or is met already.
+    """
+    if isinstance(method, LayerImportance):
+        if isinstance(job.budget, Channels):
+            raise BudgetError(f"{job.method} removes whole layers: give --layers, --latency, --macs or --params.")
+        if job.schedule != "one-shot":
+            raise ScheduleError(f"{job.method} prunes before training: give --schedule one-shot (and --score-steps).")
+        in_vain = [name for name in _OF_CHANNELS if getattr(job, name) != _DEFAULTS[name]]
+        if in_vain:
+            raise BudgetError(f"{job.method} removes whole layers: --{in_vain[0].replace('_', '-')} is for channels.")
+        check_reachable(model, examples, job.budget, job.candidates)
+        return
+    if isinstance(job.budget, Layers):
+        raise BudgetError(f"{job.method} removes channels: give --macs, --params, --channels or --latency.")
+    dense = pruner_of(job, model, examples, method, "never").dense
+    if job.budget.value(dense) <= job.budget.limit(dense):
+        raise BudgetError(
+            f"{job.budget} is met by the dense network already ({dense.cost}, {dense.channels} coupled channels): "
+            "nothing would be removed. Ask for less."
+        )
+
+
+def make_plan(job: Job, method: Any, model: nn.Module, examples: Tensor, batches: Iterable[Any]) -> Planned:
+    """Choose what to remove.
+
+    Args:
+        job: What is asked, of schedule `"one-shot"`.
+        method: See :func:`method_of`.
+        model: Left as it was.
+        examples: Inputs to trace it with.
+        batches: Minibatches to score on.
+
+    Raises:
+        NNIPluginError: Anything the user can mend.
+    """
+    begun = time.perf_counter()
+    if isinstance(method, LayerImportance):
+        plan = plan_layers(
+            model,
+            examples,
+            method,
+            batches,
+            job.budget,
+            schedule=Gradual(job.score_steps) if job.score_steps else OneShot(),
+            candidates=job.candidates,
+            keep=job.ignore,
+            reestimate=True,
+        )
+        return Planned(plan, {"score": time.perf_counter() - begun, "plan": 0.0})
+    with unchanged(model):
+        model.eval()
+        pruner = pruner_of(job, model, examples, method, "never")
+        steps = job.score_steps or (10 if pruner.scorer.is_ranking else 1)
+        pruner.schedule = OneShot() if steps == 1 else Gradual(steps)
+        plan = run_without_training(pruner, batches, cross_entropy, reestimate=job.reestimate)
+    planning = pruner.seconds["plan"]
+    return Planned(plan, {"score": time.perf_counter() - begun - planning, "plan": planning})

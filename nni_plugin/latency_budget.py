@@ -1,0 +1,158 @@
+"""Holds a network to a latency budget: every candidate is timed in turns with the dense network.
+
+A machine's speed drifts, so a time alone says little: what counts is the time beside the dense network's, measured
+round by round (:func:`nni_plugin.latency.measure_pair`). A budget in milliseconds is held to the clock all the same.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nni_plugin.budgets import Latency, Size
+from nni_plugin.cost import Cost, count
+from nni_plugin.errors import BudgetError, ModelError
+from nni_plugin.latency import LatencyPair, measure_pair
+from nni_plugin.slim_cost import SlimCost
+
+TOLERANCE = 0.03
+"""How far above the limit a measured result may lie: two measurements of one network differ by as much."""
+
+_ATTEMPTS = 5
+
+_MANY_ROUNDS, _FEW_ROUNDS = 41, 15
+"""Many short rounds give the steadier median, but each takes three passes at least: too long where one pass is."""
+
+
+class LatencyByMACs:
+    """Sizes of slim networks with a guess at their latency: in proportion to their MACs.
+
+    It orders candidates and places the steps of a schedule; a budget is met by timing.
+
+    Args:
+        cost: Sizes without latency.
+        dense: Size of the dense network, its latency measured.
+    """
+
+    def __init__(self, cost: SlimCost, dense: Size) -> None:
+        self.cost, self._whole = cost, dense
+        self.dense = self._timed(cost.dense)
+
+    def predict(self, kept: Mapping[str, Tensor]) -> Size:
+        """Return what :meth:`SlimCost.predict` returns, and the guess."""
+        return self._timed(self.cost.predict(kept))
+
+    def _timed(self, size: Size) -> Size:
+        assert self._whole.latency_ms is not None
+        share = size.cost.macs / max(self._whole.cost.macs, 1)
+        return dataclasses.replace(size, latency_ms=share * self._whole.latency_ms)
+
+
+class LatencyMeter:
+    """Times networks against the dense one they come from.
+
+    Args:
+        dense: The network that ratios refer to; a copy is kept, on the device of the budget.
+        example_inputs: One tensor `[N, C, H, W]`; another number of dimensions or inputs is refused.
+        budget: Says the batch size and the device.
+        min_run_time: Seconds to measure each network, about.
+
+    Attributes:
+        dense_ms: Median time of a pass of the dense network, in milliseconds for the batch.
+
+    Raises:
+        ModelError: The network does not take one tensor of images.
+    """
+
+    def __init__(self, dense: nn.Module, example_inputs: Any, budget: Latency, *, min_run_time: float = 0.5) -> None:
+        if not isinstance(example_inputs, Tensor) or example_inputs.dim() != 4:
+            raise ModelError("Latency is measured on one tensor of images [N, C, H, W]; budget by MACs instead.")
+        device = torch.device(budget.device) if budget.device else next(dense.parameters()).device
+        self.budget, self.device, self.min_run_time = budget, device, min_run_time
+        self.dense = copy.deepcopy(dense).to(device)
+        self._inputs, self._rounds = example_inputs, _FEW_ROUNDS
+        self._shape = (example_inputs.shape[1], example_inputs.shape[2], example_inputs.shape[3])
+        self.dense_ms = self.pair(self.dense).first.median_ms
+        if 3 * _MANY_ROUNDS * self.dense_ms < 1000 * min_run_time:
+            self._rounds = _MANY_ROUNDS
+
+    def pair(self, network: nn.Module, *, longer: float = 1.0) -> LatencyPair:
+        """Time a network beside the dense one.
+
+        Args:
+            network: Takes what the dense one takes.
+            longer: How many times as long as usual.
+        """
+        [pair] = measure_pair(
+            self.dense,
+            network,
+            self._shape,
+            (self.budget.batch_size,),
+            device=self.device,
+            min_run_time=longer * self.min_run_time,
+            rounds=self._rounds,
+        )
+        return pair
+
+    def ms(self, network: nn.Module, *, longer: float = 1.0) -> float:
+        """Return what the budget compares: the ratio in terms of `dense_ms`, or the time itself."""
+        pair = self.pair(network, longer=longer)
+        return pair.second.median_ms if self.budget.ms is not None else pair.ratio * self.dense_ms
+
+    @property
+    def limit(self) -> float:
+        """The most milliseconds of a pass that the budget allows."""
+        return self.budget.limit(Size(Cost(0, 0), 0, latency_ms=self.dense_ms))
+
+    def sized(self, cost: SlimCost) -> LatencyByMACs:
+        """Return sizes with a guess at the latency, from those without."""
+        whole = Size(count(self.dense, self._inputs.to(self.device)), 0, latency_ms=self.dense_ms)
+        return LatencyByMACs(cost, whole)
+
+    def fewest(self, most: int, network_after: Callable[[int], nn.Module], limit: float | None = None) -> int:
+        """Find how many removals it takes to meet a limit, by timing.
+
+        Args:
+            most: Number of removals there are.
+            network_after: The network after so many removals, faster the more there are.
+            limit: In milliseconds; None: the budget's.
+
+        Returns:
+            The fewest after which a longer measurement is within :data:`TOLERANCE` of the limit.
+
+        Raises:
+            BudgetError: The limit is out of reach; the text says what can be reached.
+        """
+        limit = self.limit if limit is None else limit
+        low, high = 0, most
+        reached = self.ms(network_after(most), longer=2)
+        if reached > limit * (1 + TOLERANCE):
+            raise BudgetError(
+                f"{self.budget} allows {limit:.3f} ms a pass of {self.dense_ms:.3f}, but with everything removed that "
+                f"may be, {reached:.3f} ms remain ({reached / self.dense_ms:.4f} of the dense network). Ask for more. "
+                "The model is unchanged."
+            )
+        while low < high:
+            middle = (low + high) // 2
+            if self.ms(network_after(middle)) <= limit:
+                high = middle
+            else:
+                low = middle + 1
+        for _ in range(_ATTEMPTS):  # a short measurement may have misled the search
+            if low == most or self.ms(network_after(low), longer=3) <= limit * (1 + TOLERANCE):
+                return low
+            low += max(1, (most - low) // 50)
+        raise BudgetError(
+            f"{self.budget}: measurements on {self.device} vary by more than {100 * TOLERANCE:.0f} %, so the limit of "
+            f"{limit:.3f} ms cannot be held; stop other work there, or budget by MACs. The model is unchanged."
+        )
+
+    def account(self, network: nn.Module) -> dict[str, Any]:
+        """Return the measurement of a result, for a plan's provenance: settings, both times, their ratio."""
+        pair = self.pair(network, longer=4)
+        return {"dense": dataclasses.asdict(pair.first), "pruned": dataclasses.asdict(pair.second), "ratio": pair.ratio}
