@@ -7,6 +7,7 @@ from nni_plugin.checkpoint import from_pretrained, save_pretrained
 from nni_plugin.compensation import reestimate_batchnorm
 from nni_plugin.cost import Cost, count
 from nni_plugin.errors import NNIPluginError
+from nni_plugin.joint_planner import plan_jointly
 from nni_plugin.layer_planner import plan_layers
 from nni_plugin.plan import GroupPlan, ModelIdentity, PruningPlan
 from nni_plugin.planner import plan_channels
@@ -34,6 +35,7 @@ __all__ = [
     "count",
     "from_pretrained",
     "plan_channels",
+    "plan_jointly",
     "plan_layers",
     "reconstruct",
     "reestimate_batchnorm",

@@ -126,7 +126,11 @@ class ChannelPruner:
         self.seconds = {"score": 0.0, "plan": 0.0, "surgery": 0.0}
         # Reachable at all? How narrow the network can get does not depend on the scores.
         level = {group.name: torch.zeros(group.width) for group in self.groups}
-        solve(self._ranking(level), budget, self.dense, self._slim_cost.predict)
+        ranking = self._ranking(level)
+        if self.meter is not None:
+            self.meter.check(self._slim(ranking.kept(ranking.units)))
+        else:
+            solve(ranking, budget, self.dense, self._slim_cost.predict)
 
     # -- what a training loop calls ---------------------------------------------------------------------
 
@@ -345,7 +349,7 @@ class ChannelPruner:
             costs = self._costs() if self.cost_aware else None
             mean_loss = pooled_mean(self._loss_sum, self._since_check) or 0.0
             ranking = self._ranking(self.scorer.scores(self.groups, self.live.kept, self.schedule.momentum, costs))
-            last, kept = solve(ranking, self.budget, self.dense, self._slim_cost.predict)
+            last, kept = self._enough(ranking)
             units = None if final else self._partial(ranking)
             if units is not None and units < last:
                 kept = ranking.kept(units)
@@ -375,6 +379,15 @@ class ChannelPruner:
         if self.cut_when == "step" or (self.cut_when == "end" and self.done):
             self.cut()
         self.open()
+
+    def _enough(self, ranking: Ranking) -> tuple[int, dict[str, Tensor]]:
+        """Return how many units go, and what stays then, by arithmetic; all of them where only timing can tell."""
+        if self.meter is not None and ranking.fewest(self._within) is None:
+            return ranking.units, ranking.kept(ranking.units)
+        return solve(ranking, self.budget, self.dense, self._slim_cost.predict)
+
+    def _within(self, kept: dict[str, Tensor]) -> bool:
+        return self.budget.value(self._slim_cost.predict(kept)) <= self.budget.limit(self.dense)
 
     def _partial(self, ranking: Ranking) -> int | None:
         """Return how many units go in a step that is not the last."""

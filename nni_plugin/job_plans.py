@@ -5,8 +5,9 @@ The network is as it was afterwards; applying the plan is the host's affair.
 
 from __future__ import annotations
 
+import difflib
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -16,18 +17,31 @@ from torch import Tensor, nn
 from nni_plugin.budgets import Channels, Layers
 from nni_plugin.channel_pruner import ChannelPruner
 from nni_plugin.criteria.ablation import cross_entropy
-from nni_plugin.errors import BudgetError, ScheduleError
+from nni_plugin.errors import BudgetError, CriterionError, ScheduleError
 from nni_plugin.job import Job
+from nni_plugin.joint_planner import plan_jointly
 from nni_plugin.layer_planner import check_reachable, plan_layers
 from nni_plugin.layers import LayerImportance
 from nni_plugin.layers.methods import LAYER_METHODS, create_layer_importance
-from nni_plugin.methods import create_criterion
+from nni_plugin.methods import create_criterion, known_methods
 from nni_plugin.plan import PruningPlan
 from nni_plugin.planner import run_without_training, unchanged
 from nni_plugin.schedules import Gradual, OneShot
 
 _OF_CHANNELS = ("round_to", "min_channels", "select", "cost_aware", "divide_by_blocks", "stages")
 _DEFAULTS = {name: getattr(Job(model="", output=Path(), budget=Layers(1)), name) for name in _OF_CHANNELS}
+
+
+JOINT = "obs-joint"
+"""Name of the method for channels and layers together."""
+
+
+@dataclass(frozen=True)
+class JointGates:
+    """Stands for :func:`nni_plugin.plan_jointly`."""
+
+    is_ranking = True
+    """It orders what leaves, as `OBS` does for channels: on a few thousand images, with reconstruction afterwards."""
 
 
 @dataclass(frozen=True)
@@ -39,13 +53,20 @@ class Planned:
 
 
 def method_of(job: Job) -> Any:
-    """Return what a job's method stands for: a criterion for channels, or an importance of layers.
+    """Return what a job's method stands for: a criterion for channels, an importance of layers, or gates on both.
 
     Raises:
         CriterionError: There is no such method.
     """
+    if job.method == JOINT:
+        return JointGates()
     if job.method in LAYER_METHODS:
         return create_layer_importance(job.method, job.seed)
+    known = known_methods()
+    if job.method not in known:
+        names = [*known, *LAYER_METHODS, JOINT]
+        close = difflib.get_close_matches(job.method, names, n=3) or sorted(names)
+        raise CriterionError(f"Unknown method {job.method!r}; did you mean {', '.join(close)}?")
     return create_criterion(job.method, job.seed)
 
 
@@ -79,12 +100,13 @@ def check_job(job: Job, method: Any, model: nn.Module, examples: Tensor) -> None
     if isinstance(method, LayerImportance):
         if isinstance(job.budget, Channels):
             raise BudgetError(f"{job.method} removes whole layers: give --layers, --latency, --macs or --params.")
-        if job.schedule != "one-shot":
-            raise ScheduleError(f"{job.method} prunes before training: give --schedule one-shot (and --score-steps).")
-        in_vain = [name for name in _OF_CHANNELS if getattr(job, name) != _DEFAULTS[name]]
-        if in_vain:
-            raise BudgetError(f"{job.method} removes whole layers: --{in_vain[0].replace('_', '-')} is for channels.")
+        _refuse_in_vain(job, _OF_CHANNELS)
         check_reachable(model, examples, job.budget, job.candidates)
+        return
+    if isinstance(method, JointGates):
+        if isinstance(job.budget, (Channels, Layers)):
+            raise BudgetError(f"{job.method} removes channels and layers: give --latency, --macs or --params.")
+        _refuse_in_vain(job, ("select", "cost_aware", "divide_by_blocks", "stages"))
         return
     if isinstance(job.budget, Layers):
         raise BudgetError(f"{job.method} removes channels: give --macs, --params, --channels or --latency.")
@@ -94,6 +116,15 @@ def check_job(job: Job, method: Any, model: nn.Module, examples: Tensor) -> None
             f"{job.budget} is met by the dense network already ({dense.cost}, {dense.channels} coupled channels): "
             "nothing would be removed. Ask for less."
         )
+
+
+def _refuse_in_vain(job: Job, names: Sequence[str]) -> None:
+    """Refuse what a method for layers does not look at."""
+    if job.schedule != "one-shot":
+        raise ScheduleError(f"{job.method} prunes before training: give --schedule one-shot (and --score-steps).")
+    for name in names:
+        if getattr(job, name) != _DEFAULTS[name]:
+            raise BudgetError(f"{job.method} does not look at --{name.replace('_', '-')}, which is for channels alone.")
 
 
 def make_plan(job: Job, method: Any, model: nn.Module, examples: Tensor, batches: Iterable[Any]) -> Planned:
@@ -121,6 +152,20 @@ def make_plan(job: Job, method: Any, model: nn.Module, examples: Tensor, batches
             candidates=job.candidates,
             keep=job.ignore,
             reestimate=True,
+        )
+        return Planned(plan, {"score": time.perf_counter() - begun, "plan": 0.0})
+    if isinstance(method, JointGates):
+        plan = plan_jointly(
+            model,
+            examples,
+            batches,
+            cross_entropy,
+            job.budget,  # type: ignore[arg-type]
+            steps=job.score_steps or 5,
+            candidates=job.candidates,
+            ignore=job.ignore,
+            min_channels=job.min_channels,
+            round_to=job.round_to,
         )
         return Planned(plan, {"score": time.perf_counter() - begun, "plan": 0.0})
     with unchanged(model):

@@ -28,7 +28,7 @@ from nni_plugin.budgets import Channels, Latency, Layers, MACs, Params, Size
 from nni_plugin.compensation import reestimate_batchnorm
 from nni_plugin.cost import count, on_device_of
 from nni_plugin.criteria import OBS, quadratic
-from nni_plugin.errors import BudgetError, GraphError
+from nni_plugin.errors import BudgetError, CriterionError, GraphError
 from nni_plugin.groups import ChannelGroup
 from nni_plugin.latency_budget import LatencyMeter
 from nni_plugin.layer_planner import Candidates, candidate_blocks
@@ -107,7 +107,7 @@ def plan_jointly(
         now = goal.value(work)
         limit = now - (now - goal.limit) / (steps - step)
         last = step + 1 == steps
-        number = agreed(goal.fewest(items, order, work, limit) if last else items.enough(order, cost, now - limit))
+        number = agreed(goal.fewest(items, order, work, limit, exact=last))
         plan, change = items.plan(order, number, rows, movable, damping)
         if plan is not None:
             apply_plan(work, plan, example_inputs)
@@ -155,6 +155,8 @@ def _gradients(
                 criterion.update()
                 if criterion.samples >= max_samples:
                     break
+        if criterion.samples == 0:
+            raise CriterionError("There is no batch to score with: the loader is empty (or used up).")
         criterion.all_reduce()
         parts.append(criterion.rows)
         movable = torch.cat([criterion.movable, movable])
@@ -243,11 +245,6 @@ class _Items:
         }
         return {name: index for name, index in kept.items() if name not in inside}, gone
 
-    def enough(self, order: Tensor, cost: MarginalCost, saving: float) -> int:
-        """Return how many removals save so much, by adding up what each saves."""
-        saved = self.columns(cost.channels, cost.blocks)[order].cumsum(0)
-        return int((saved < saving).sum()) + 1 if saving > 0 else 0
-
     def plan(
         self, order: Tensor, number: int, rows: Tensor, movable: Tensor, damping: float
     ) -> tuple[PruningPlan | None, float]:
@@ -295,8 +292,8 @@ class _Goal:
             return self.meter.ms(network)
         return self.budget.value(Size(count(network, self.example_inputs), 0))
 
-    def fewest(self, items: _Items, order: Tensor, work: nn.Module, limit: float) -> int:
-        """Return how many removals meet the limit on the slim network itself."""
+    def fewest(self, items: _Items, order: Tensor, work: nn.Module, limit: float, *, exact: bool) -> int:
+        """Return how many removals meet the limit on the slim network itself; a step on the way is timed briefly."""
 
         def slim(number: int) -> nn.Module:
             network = copy.deepcopy(work)
@@ -308,7 +305,7 @@ class _Goal:
             return network
 
         if self.meter is not None:
-            return self.meter.fewest(len(order), slim, limit)
+            return self.meter.fewest(len(order), slim, limit, exact=exact)
         least = self.value(slim(len(order)))
         if least > limit:
             raise BudgetError(

@@ -114,13 +114,31 @@ class LatencyMeter:
         whole = Size(count(self.dense, self._inputs.to(self.device)), 0, latency_ms=self.dense_ms)
         return LatencyByMACs(cost, whole)
 
-    def fewest(self, most: int, network_after: Callable[[int], nn.Module], limit: float | None = None) -> int:
+    def check(self, smallest: nn.Module, limit: float | None = None) -> None:
+        """Refuse a limit that the network without everything that may leave does not meet.
+
+        Raises:
+            BudgetError: It does not; the text says what can be reached.
+        """
+        limit = self.limit if limit is None else limit
+        reached = self.ms(smallest, longer=2)
+        if reached > limit * (1 + TOLERANCE):
+            raise BudgetError(
+                f"{self.budget} allows {limit:.3f} ms a pass of {self.dense_ms:.3f}, but with everything removed that "
+                f"may be, {reached:.3f} ms remain ({reached / self.dense_ms:.4f} of the dense network). Ask for more. "
+                "The model is unchanged."
+            )
+
+    def fewest(
+        self, most: int, network_after: Callable[[int], nn.Module], limit: float | None = None, *, exact: bool = True
+    ) -> int:
         """Find how many removals it takes to meet a limit, by timing.
 
         Args:
             most: Number of removals there are.
             network_after: The network after so many removals, faster the more there are.
             limit: In milliseconds; None: the budget's.
+            exact: Whether to measure the result once more, for longer, and to refuse a limit out of reach.
 
         Returns:
             The fewest after which a longer measurement is within :data:`TOLERANCE` of the limit.
@@ -130,19 +148,16 @@ class LatencyMeter:
         """
         limit = self.limit if limit is None else limit
         low, high = 0, most
-        reached = self.ms(network_after(most), longer=2)
-        if reached > limit * (1 + TOLERANCE):
-            raise BudgetError(
-                f"{self.budget} allows {limit:.3f} ms a pass of {self.dense_ms:.3f}, but with everything removed that "
-                f"may be, {reached:.3f} ms remain ({reached / self.dense_ms:.4f} of the dense network). Ask for more. "
-                "The model is unchanged."
-            )
+        if exact:
+            self.check(network_after(most), limit)
         while low < high:
             middle = (low + high) // 2
             if self.ms(network_after(middle)) <= limit:
                 high = middle
             else:
                 low = middle + 1
+        if not exact:
+            return low
         for _ in range(_ATTEMPTS):  # a short measurement may have misled the search
             if low == most or self.ms(network_after(low), longer=3) <= limit * (1 + TOLERANCE):
                 return low

@@ -133,3 +133,22 @@ def test_values_that_are_not_finite_change_nothing() -> None:
     with pytest.raises(DataError, match="not finite"):
         reconstruct(pruned, dense, BATCHES[0], broken, forward)
     assert_same(pruned, before)
+
+
+def test_a_network_that_has_lost_blocks_as_well() -> None:
+    """Its layers have moved up, and each is mended with what the same layer gave in the dense network."""
+    torch.manual_seed(0)
+    dense = ResNet(2, num_classes=5).double()
+    for batch in BATCHES:
+        dense(batch)
+    dense.eval()
+    untouched = state_of(dense)
+    group = GroupPlan("layer3.1.conv1", 64, tuple(range(0, 64, 2)))
+    plan = PruningPlan((group,), removed_blocks=("layer1.0", "layer2.1"))
+    pruned = plan.apply(copy.deepcopy(dense), BATCHES[0])
+    before = difference(pruned, dense)
+    left = reconstruct(pruned, dense, BATCHES[0], BATCHES, forward)
+    assert "layer1.0.conv1" in left  # the dense network's layer1.1
+    assert "layer1.1.conv1" not in left
+    assert difference(pruned, dense) < 0.7 * before
+    assert_same(dense, untouched)

@@ -1,0 +1,197 @@
+"""Channels and blocks leave together, the budget holds on the slim network, and the order is the exact one."""
+
+import copy
+from typing import Any
+
+import latency_by_macs
+import pytest
+import torch
+import torch.nn.functional as F
+from networks_at_random import assert_same, randomise, state_of
+from torch import Tensor, nn
+
+from nni_plugin import Channels, Latency, Layers, MACs, Params, PruningPlan, count, marginal_cost, plan_jointly
+from nni_plugin.adapters.torch_pruning import find_groups
+from nni_plugin.budgets import Size
+from nni_plugin.cost import Cost
+from nni_plugin.criteria import quadratic
+from nni_plugin.criteria.ablation import cross_entropy
+from nni_plugin.errors import BudgetError, CriterionError
+from nni_plugin.layers import removable_blocks
+from nni_plugin.layers.latency import BlockLatency
+from nni_plugin.marginal_cost import MarginalCost, shares
+from nni_plugin.networks import resnet20
+
+X = torch.randn(2, 3, 16, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+
+
+def resnet() -> nn.Module:
+    return randomise(resnet20(width_mult=0.25))
+
+
+def batches(number: int = 4) -> list[tuple[Tensor, Tensor]]:
+    generator = torch.Generator().manual_seed(1)
+    labels = torch.arange(20) % 10
+    return [(torch.randn(20, 3, 16, 16, dtype=torch.float64, generator=generator), labels) for _ in range(number)]
+
+
+class TestOrder:
+    """A gate that holds others is taken alone, and takes them along."""
+
+    def rows(self) -> Tensor:
+        return torch.randn(200, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+
+    def brute(self, holds: dict[int, list[int]], costs: Tensor, damping: float) -> list[int]:
+        """Remove one by one, each time solving for the best values of the free gates from scratch."""
+        rows = self.rows()
+        hessian = rows.T @ rows / len(rows)
+        hessian = hessian + damping * hessian.diagonal().mean() * torch.eye(12, dtype=torch.float64)
+        shift = torch.zeros(12, dtype=torch.float64)  # of the gates, from 1
+        fixed: list[int] = []
+        order: list[int] = []
+        while len(fixed) < 12:
+            free = [i for i in range(12) if i not in fixed]
+            inverse = torch.linalg.inv(hessian[free][:, free])
+            price = (1 + shift[free]).square() / (2 * inverse.diagonal()) / costs[free]
+            m = int(price.argmin())
+            shift[free] -= inverse[:, m] * (1 + shift[free][m]) / inverse[m, m]
+            order.append(free[m])
+            fixed += [free[m], *(i for i in holds.get(free[m], []) if i not in fixed)]
+        return order
+
+    @pytest.mark.parametrize("low_rank", [False, True])
+    @pytest.mark.parametrize("holds", [{}, {10: [0, 1, 2], 11: [5, 6]}])
+    def test_is_that_of_solving_anew(
+        self, holds: dict[int, list[int]], low_rank: bool, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        if low_rank:
+            monkeypatch.setattr(quadratic, "DENSE", 0)
+        costs = torch.linspace(1, 2, 12, dtype=torch.float64)
+        costs[10:] = 4.0
+        tensors = {gate: torch.tensor(inside) for gate, inside in holds.items()}
+        order = quadratic.removal_order(self.rows(), 0.1, costs, holds=tensors).tolist()
+        assert order == self.brute(holds, costs, 0.1)
+        for gate, inside in holds.items():
+            assert not set(order[order.index(gate) :]) & set(inside)
+
+
+@pytest.mark.parametrize("budget", [MACs(0.6), MACs(0.3), Params(0.5)])
+def test_a_counted_budget_is_met(budget: MACs | Params) -> None:
+    model = resnet()
+    before = state_of(model)
+    plan = plan_jointly(model, X, batches(), cross_entropy, budget, steps=2)
+    assert_same(model, before)
+    value = budget.value(Size(plan.cost_after or Cost(0, 0), 0))
+    assert value <= budget.limit(Size(count(model, X), 0))
+    slim = plan.apply(copy.deepcopy(model), X)
+    assert count(slim, X) == plan.cost_after
+    assert PruningPlan.from_json(plan.to_json()) == plan
+    assert plan.predicted_loss_change is not None
+    assert len(plan.provenance["steps"]) == 2
+    F.cross_entropy(slim.train()(X), torch.tensor([0, 1])).backward()
+    assert all(parameter.grad is not None for parameter in slim.parameters())
+
+
+def test_a_block_that_does_nothing_leaves_first() -> None:
+    """Its gate has no gradient at all, so that it costs nothing; channels of the rest stay."""
+    model = resnet()
+    with torch.no_grad():
+        model.layer2[1].bn2.weight.zero_()  # type: ignore[index,union-attr]
+        model.layer2[1].bn2.bias.zero_()  # type: ignore[index,union-attr]
+    without = count(PruningPlan((), ("layer2.1",)).apply(copy.deepcopy(model), X), X).macs
+    budget = MACs(round(without / count(model, X).macs + 1e-4, 4))
+    plan = plan_jointly(model, X, batches(), cross_entropy, budget, steps=1)
+    assert plan.removed_blocks == ("layer2.1",)
+    assert plan.channels_removed == 0
+    assert plan.predicted_loss_change == pytest.approx(0.0, abs=1e-20)
+    slim = plan.apply(copy.deepcopy(model), X)
+    torch.testing.assert_close(slim.eval()(X), model.eval()(X), rtol=0, atol=0)
+
+
+def test_channels_inside_a_block_that_leaves_are_not_named() -> None:
+    plan = plan_jointly(resnet(), X, batches(), cross_entropy, MACs(0.3), steps=1)
+    assert plan.removed_blocks
+    for group in plan.groups:
+        assert not any(group.name.startswith(f"{block}.conv1") for block in plan.removed_blocks)
+
+
+def test_without_any_weight_on_savings_blocks_stay() -> None:
+    cheap = plan_jointly(resnet(), X, batches(), cross_entropy, MACs(0.7), steps=1, cost_power=0.0)
+    dear = plan_jointly(resnet(), X, batches(), cross_entropy, MACs(0.7), steps=1)
+    assert len(cheap.removed_blocks) <= len(dear.removed_blocks)
+    assert cheap.channels_removed > 0
+
+
+def test_the_factors_are_the_best_values_of_the_gates() -> None:
+    """One step: the plan's factors solve the damped least-squares problem over all gates, blocks among them."""
+    model = resnet()
+    plan = plan_jointly(model, X, batches(), cross_entropy, MACs(0.6), steps=1, damping=0.1)
+    again = plan_jointly(model, X, batches(), cross_entropy, MACs(0.6), steps=1, damping=0.1)
+    assert plan == again
+    assert any(group.factors and max(abs(f - 1) for f in group.factors) > 1e-3 for group in plan.groups)
+
+
+def test_a_latency_is_met_on_the_slim_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    latency_by_macs.use(monkeypatch)
+    monkeypatch.setattr(marginal_cost, "measure_pair", latency_by_macs.measure_pair)
+    model = resnet()
+    plan = plan_jointly(model, X, batches(), cross_entropy, Latency(0.6), steps=2)
+    left = latency_by_macs.milliseconds(plan.apply(copy.deepcopy(model), X), (3, 16, 16))
+    assert left <= 0.6 * latency_by_macs.milliseconds(model, (3, 16, 16))
+    assert plan.provenance["latency"]["ratio"] <= 0.6
+    with pytest.raises(BudgetError, match="remain"):
+        plan_jointly(model, X, batches(), cross_entropy, Latency(0.01), steps=1)
+
+
+class TestMarginalCost:
+    def test_counts(self) -> None:
+        model = resnet()
+        groups = [group for group in find_groups(model, X) if group.fixed is None]
+        blocks = removable_blocks(model, X)
+        cost = MarginalCost(model, X, groups, blocks, MACs(0.5))
+        whole = count(model, X).macs
+        for block in blocks:
+            slim = PruningPlan((), (block.name,)).apply(copy.deepcopy(model), X)
+            assert cost.blocks[block.name] == whole - count(slim, X).macs
+        inner = next(group for group in groups if group.name == "layer1.0.conv1")
+        assert cost.channels[inner.name] == 2 * 9 * 4 * 16 * 16  # 3 x 3 x 4 in and out, on 16 x 16 positions
+        assert cost.channels.keys() == {group.name for group in groups}
+
+    def test_a_channel_has_its_share_of_its_layers(self) -> None:
+        model = resnet()
+        groups = [group for group in find_groups(model, X) if group.fixed is None]
+        times = {"layer1.0.conv1": 8.0, "layer1.0.bn1": 2.0, "layer1.0.conv2": 4.0}
+        found = shares(model, groups, times)
+        assert found["layer1.0.conv1"] == pytest.approx((8 + 2 + 4) / 4)  # 4 channels
+        residual = next(group for group in groups if group.residual and group.width == 4)
+        assert found[residual.name] == pytest.approx((8 + 4) / 4)
+
+    def test_milliseconds(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        def fixed(_: Any, __: Any, blocks: Any, **___: Any) -> dict[str, BlockLatency]:
+            return {b.name: BlockLatency(1, 3.0, 0.0, 1.0, 1, "cpu", "float32", 1, 0.1) for b in blocks}
+
+        monkeypatch.setattr(marginal_cost, "block_latencies", fixed)
+        monkeypatch.setattr(marginal_cost, "measure_pair", latency_by_macs.measure_pair)
+        model = resnet()
+        groups = [group for group in find_groups(model, X) if group.fixed is None]
+        cost = MarginalCost(model, X, groups, removable_blocks(model, X), Latency(0.5))
+        assert set(cost.blocks.values()) == {3.0}
+        assert all(0 < value < 10 for value in cost.channels.values())
+
+
+@pytest.mark.parametrize(
+    ("error", "match", "arguments"),
+    [
+        (BudgetError, "both leave", {"budget": Channels(0.5)}),
+        (BudgetError, "both leave", {"budget": Layers(1)}),
+        (BudgetError, "remain", {"budget": MACs(0.001)}),
+        (CriterionError, "batch", {"batches": []}),
+    ],
+)
+def test_bad_input(error: type[Exception], match: str, arguments: dict[str, Any]) -> None:
+    model = resnet()
+    before = state_of(model)
+    given = {"batches": batches(1), "budget": MACs(0.5), **arguments}
+    with pytest.raises(error, match=match):
+        plan_jointly(model, X, given["batches"], cross_entropy, given["budget"], steps=1)
+    assert_same(model, before)
