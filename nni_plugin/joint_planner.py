@@ -8,14 +8,18 @@ inside it along, which by then mean nothing any more.
 
 What is saved: of MACs and parameters the exact count; of milliseconds the measured time of a block, and for a channel
 its share of the measured times of its layers, times the part of it that a narrower network was measured to save. Each
-step scores the smaller network anew; the last one counts, or times, the slim network itself.
+step scores the smaller network anew and counts, or times, the slim network itself.
+
+How far the quadratic model of a whole block may be trusted differs from network to network. So plans are made with
+savings weighed fully, by their root and not at all, which leaves depth alone, and the network that loses least on the
+scoring images, its batch normalisations settled, decides.
 """
 
 from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,7 +42,7 @@ from nni_plugin.machine import library_versions
 from nni_plugin.marginal_cost import MarginalCost
 from nni_plugin.plan import GroupPlan, PruningPlan
 from nni_plugin.planner import unchanged
-from nni_plugin.processes import agreed
+from nni_plugin.processes import agreed, pooled_mean
 from nni_plugin.selection import Ranking
 
 
@@ -51,7 +55,7 @@ def plan_jointly(
     *,
     steps: int = 10,
     damping: float = 1.0,
-    cost_power: float = 1.0,
+    cost_powers: Sequence[float] = (1.0, 0.5, 0.0),
     max_samples: int = 2048,
     candidates: Candidates = "outermost",
     ignore: Iterable[str | nn.Module] = (),
@@ -69,8 +73,9 @@ def plan_jointly(
         budget: `Latency`, `MACs` or `Params` kept.
         steps: Steps to the budget, each on fresh gradients and costs.
         damping: Of the quadratic model, see `OBS`.
-        cost_power: How much a saving counts: next goes the least loss over saving to this power. At 0 blocks, which
-            save more than a channel, hardly ever go.
+        cost_powers: How much a saving counts: next goes the least loss over saving to this power. At 0 blocks, which
+            save more than a channel, hardly ever go. Of several the one is taken under which the slim network loses
+            least on `batches`; each takes as long again.
         max_samples: Rows of gate gradients kept.
         candidates: Which of blocks inside blocks may leave, see :func:`nni_plugin.plan_layers`.
         ignore: Layers to leave whole.
@@ -88,33 +93,18 @@ def plan_jointly(
     """
     if isinstance(budget, (Channels, Layers)):
         raise BudgetError(f"{budget} counts channels or blocks alone; both leave here: give Latency, MACs or Params.")
+    if not cost_powers:
+        raise BudgetError("cost_powers must hold one number at least, such as 1.0 for loss per unit saved.")
     example_inputs = on_device_of(model, example_inputs)
-    work = copy.deepcopy(model).eval()
-    if hasattr(work, "pruning_plan"):
-        del work.pruning_plan
     meter = LatencyMeter(model, example_inputs, budget) if isinstance(budget, Latency) else None
     goal = _Goal(budget, meter, model, example_inputs)
-    account: list[dict[str, Any]] = []
-    for step in tqdm(range(steps), desc="prune", unit="step", delay=2, disable=None):
-        items = _Items.of(work, example_inputs, candidates, tuple(ignore), min_channels, round_to)
-        cost = MarginalCost(work, example_inputs, items.groups, items.blocks, budget)
-        with unchanged(work):
-            work.eval()
-            rows, movable = _gradients(work, items, batches, loss_fn, max_samples)
-        order = quadratic.removal_order(
-            rows, damping, items.columns(cost.channels, cost.blocks).pow(cost_power), holds=items.holds
-        )
-        now = goal.value(work)
-        limit = now - (now - goal.limit) / (steps - step)
-        last = step + 1 == steps
-        number = agreed(goal.fewest(items, order, work, limit, exact=last))
-        plan, change = items.plan(order, number, rows, movable, damping)
-        if plan is not None:
-            apply_plan(work, plan, example_inputs)
-            if reestimate and not last:
-                reestimate_batchnorm(work, batches, loss_fn)
-        size = count(work, example_inputs)
-        account.append({"macs": size.macs, "params": size.params, "predicted_loss_change": change})
+    search = _Search(goal, batches, loss_fn, steps, damping, max_samples, reestimate)
+    limits = candidates, tuple(ignore), min_channels, round_to
+    with tqdm(total=steps * len(cost_powers), desc="prune", unit="step", delay=2, disable=None) as bar:
+        paths = [search.path(model, power, limits, bar) for power in cost_powers]
+    losses = [search.settled_loss(path.network) for path in paths] if len(paths) > 1 else [None]
+    chosen = agreed(min(range(len(paths)), key=lambda i: losses[i] or 0.0))
+    work, account = paths[chosen].network, paths[chosen].account
     done: PruningPlan | None = getattr(work, "pruning_plan", None)
     if done is None:
         warnings.warn(f"The plan removes nothing: {budget} is met by the network as it is.", stacklevel=2)
@@ -128,13 +118,70 @@ def plan_jointly(
         cost_after=count(work, example_inputs),
         predicted_loss_change=sum(step["predicted_loss_change"] for step in account),
         provenance={
-            "criterion": f"joint gates(damping={damping}, cost_power={cost_power})",
+            "criterion": f"joint gates(damping={damping}, cost_power={cost_powers[chosen]})",
             "budget": repr(budget),
             "steps": account,
+            "settled_losses": dict(zip(map(str, cost_powers), losses, strict=True)),
             **({} if meter is None else {"latency": meter.account(work)}),
             "versions": library_versions(),
         },
     )
+
+
+@dataclass(frozen=True)
+class _Path:
+    """A network pruned step by step, and a record of each step."""
+
+    network: nn.Module
+    account: list[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class _Search:
+    """What plans of several cost powers share; see :func:`plan_jointly`."""
+
+    goal: _Goal
+    batches: Iterable[Any]
+    loss_fn: Callable[[nn.Module, Any], Tensor]
+    steps: int
+    damping: float
+    max_samples: int
+    reestimate: bool
+
+    def path(self, model: nn.Module, cost_power: float, limits: tuple[Any, ...], bar: Any) -> _Path:
+        """Go to the budget on a copy of a network, which carries its plan."""
+        goal, inputs = self.goal, self.goal.example_inputs
+        work = copy.deepcopy(model).eval()
+        if hasattr(work, "pruning_plan"):
+            del work.pruning_plan
+        account: list[dict[str, Any]] = []
+        for step in range(self.steps):
+            items, last = _Items.of(work, inputs, *limits), step + 1 == self.steps
+            cost = MarginalCost(work, inputs, items.groups, items.blocks, goal.budget)
+            with unchanged(work):
+                rows, movable = _gradients(work, items, self.batches, self.loss_fn, self.max_samples)
+            costs = items.columns(cost.channels, cost.blocks).pow(cost_power)
+            order = quadratic.removal_order(rows, self.damping, costs, holds=items.holds)
+            now = goal.value(work)
+            limit = now - (now - goal.limit) / (self.steps - step)
+            number = agreed(goal.fewest(items, order, work, limit, exact=last))
+            plan, change = items.plan(order, number, rows, movable, self.damping)
+            if plan is not None:
+                apply_plan(work, plan, inputs)
+                if self.reestimate and not last:
+                    reestimate_batchnorm(work, self.batches, self.loss_fn)
+            size = count(work, inputs)
+            account.append({"macs": size.macs, "params": size.params, "predicted_loss_change": change})
+            bar.update()
+        return _Path(work, account)
+
+    @torch.no_grad()
+    def settled_loss(self, network: nn.Module) -> float:
+        """Return the mean loss of a copy whose batch normalisations have been settled."""
+        network = copy.deepcopy(network).eval()
+        reestimate_batchnorm(network, self.batches, self.loss_fn)
+        losses = [float(self.loss_fn(network, batch)) for batch in self.batches]
+        return pooled_mean(sum(losses), len(losses)) or 0.0
 
 
 def _gradients(

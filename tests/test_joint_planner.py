@@ -10,7 +10,18 @@ import torch.nn.functional as F
 from networks_at_random import assert_same, randomise, state_of
 from torch import Tensor, nn
 
-from nni_plugin import Channels, Latency, Layers, MACs, Params, PruningPlan, count, marginal_cost, plan_jointly
+from nni_plugin import (
+    Channels,
+    Latency,
+    Layers,
+    MACs,
+    Params,
+    PruningPlan,
+    count,
+    marginal_cost,
+    plan_jointly,
+    reestimate_batchnorm,
+)
 from nni_plugin.adapters.torch_pruning import find_groups
 from nni_plugin.budgets import Size
 from nni_plugin.cost import Cost
@@ -27,6 +38,11 @@ X = torch.randn(2, 3, 16, 16, dtype=torch.float64, generator=torch.Generator().m
 
 def resnet() -> nn.Module:
     return randomise(resnet20(width_mult=0.25))
+
+
+def planned(model: nn.Module, data: Any, budget: Any, **options: Any) -> PruningPlan:
+    """Plan with cross-entropy, by default in one step with savings weighed fully."""
+    return plan_jointly(model, X, data, cross_entropy, budget, **{"steps": 1, "cost_powers": [1.0], **options})
 
 
 def batches(number: int = 4) -> list[tuple[Tensor, Tensor]]:
@@ -79,7 +95,7 @@ class TestOrder:
 def test_a_counted_budget_is_met(budget: MACs | Params) -> None:
     model = resnet()
     before = state_of(model)
-    plan = plan_jointly(model, X, batches(), cross_entropy, budget, steps=2)
+    plan = planned(model, batches(), budget, steps=2)
     assert_same(model, before)
     value = budget.value(Size(plan.cost_after or Cost(0, 0), 0))
     assert value <= budget.limit(Size(count(model, X), 0))
@@ -100,7 +116,7 @@ def test_a_block_that_does_nothing_leaves_first() -> None:
         model.layer2[1].bn2.bias.zero_()  # type: ignore[index,union-attr]
     without = count(PruningPlan((), ("layer2.1",)).apply(copy.deepcopy(model), X), X).macs
     budget = MACs(round(without / count(model, X).macs + 1e-4, 4))
-    plan = plan_jointly(model, X, batches(), cross_entropy, budget, steps=1)
+    plan = planned(model, batches(), budget)
     assert plan.removed_blocks == ("layer2.1",)
     assert plan.channels_removed == 0
     assert plan.predicted_loss_change == pytest.approx(0.0, abs=1e-20)
@@ -109,24 +125,38 @@ def test_a_block_that_does_nothing_leaves_first() -> None:
 
 
 def test_channels_inside_a_block_that_leaves_are_not_named() -> None:
-    plan = plan_jointly(resnet(), X, batches(), cross_entropy, MACs(0.3), steps=1)
+    plan = planned(resnet(), batches(), MACs(0.3))
     assert plan.removed_blocks
     for group in plan.groups:
         assert not any(group.name.startswith(f"{block}.conv1") for block in plan.removed_blocks)
 
 
 def test_without_any_weight_on_savings_blocks_stay() -> None:
-    cheap = plan_jointly(resnet(), X, batches(), cross_entropy, MACs(0.7), steps=1, cost_power=0.0)
-    dear = plan_jointly(resnet(), X, batches(), cross_entropy, MACs(0.7), steps=1)
+    cheap = planned(resnet(), batches(), MACs(0.7), cost_powers=[0.0])
+    dear = planned(resnet(), batches(), MACs(0.7))
     assert len(cheap.removed_blocks) <= len(dear.removed_blocks)
     assert cheap.channels_removed > 0
+
+
+def test_the_network_that_loses_least_is_taken() -> None:
+    model, powers = resnet(), (1.0, 0.5, 0.0)
+    each = [planned(model, batches(), MACs(0.5), cost_powers=[p]) for p in powers]
+    both = planned(model, batches(), MACs(0.5), cost_powers=powers)
+    losses = []
+    for plan in each:
+        slim = plan.apply(copy.deepcopy(model), X).eval()
+        reestimate_batchnorm(slim, batches(), cross_entropy)
+        with torch.no_grad():
+            losses.append(sum(float(cross_entropy(slim, batch)) for batch in batches()) / len(batches()))
+    assert list(both.provenance["settled_losses"].values()) == pytest.approx(losses, rel=1e-9)
+    assert both.digest == each[losses.index(min(losses))].digest
 
 
 def test_the_factors_are_the_best_values_of_the_gates() -> None:
     """One step: the plan's factors solve the damped least-squares problem over all gates, blocks among them."""
     model = resnet()
-    plan = plan_jointly(model, X, batches(), cross_entropy, MACs(0.6), steps=1, damping=0.1)
-    again = plan_jointly(model, X, batches(), cross_entropy, MACs(0.6), steps=1, damping=0.1)
+    plan = planned(model, batches(), MACs(0.6), damping=0.1)
+    again = planned(model, batches(), MACs(0.6), damping=0.1)
     assert plan == again
     assert any(group.factors and max(abs(f - 1) for f in group.factors) > 1e-3 for group in plan.groups)
 
@@ -135,12 +165,12 @@ def test_a_latency_is_met_on_the_slim_network(monkeypatch: pytest.MonkeyPatch) -
     latency_by_macs.use(monkeypatch)
     monkeypatch.setattr(marginal_cost, "measure_pair", latency_by_macs.measure_pair)
     model = resnet()
-    plan = plan_jointly(model, X, batches(), cross_entropy, Latency(0.6), steps=2)
+    plan = planned(model, batches(), Latency(0.6), steps=2)
     left = latency_by_macs.milliseconds(plan.apply(copy.deepcopy(model), X), (3, 16, 16))
     assert left <= 0.6 * latency_by_macs.milliseconds(model, (3, 16, 16))
     assert plan.provenance["latency"]["ratio"] <= 0.6
     with pytest.raises(BudgetError, match="remain"):
-        plan_jointly(model, X, batches(), cross_entropy, Latency(0.01), steps=1)
+        planned(model, batches(), Latency(0.01))
 
 
 class TestMarginalCost:
@@ -193,5 +223,5 @@ def test_bad_input(error: type[Exception], match: str, arguments: dict[str, Any]
     before = state_of(model)
     given = {"batches": batches(1), "budget": MACs(0.5), **arguments}
     with pytest.raises(error, match=match):
-        plan_jointly(model, X, given["batches"], cross_entropy, given["budget"], steps=1)
+        planned(model, given["batches"], given["budget"])
     assert_same(model, before)
