@@ -29,20 +29,21 @@ from nni_plugin.adapters.torch_pruning import (
     sound_groups,
     verify,
 )
+from nni_plugin.budget_fit import BudgetFit
 from nni_plugin.budgets import Budget, Latency, Layers, Size
 from nni_plugin.compensation import fold_factors
-from nni_plugin.cost import count, on_device_of
+from nni_plugin.cost import on_device_of
 from nni_plugin.criteria.base import Criterion
 from nni_plugin.errors import BudgetError, CriterionError, GraphError, ScheduleError, SurgeryError
 from nni_plugin.groups import ChannelGroup, narrowed
-from nni_plugin.latency_budget import LatencyByMACs, LatencyMeter
+from nni_plugin.latency_budget import LatencyMeter
 from nni_plugin.live_plan import LivePlan
 from nni_plugin.masks import Masks
 from nni_plugin.plan import PruningPlan
 from nni_plugin.processes import agreed, pooled_mean
 from nni_plugin.schedules import OneShot, Schedule
 from nni_plugin.scorer import ForeignCriterion, Scorer
-from nni_plugin.selection import Ranking, solve
+from nni_plugin.selection import Ranking
 from nni_plugin.slim_cost import SlimCost
 from nni_plugin.stages import check_stages, turns
 
@@ -115,7 +116,7 @@ class ChannelPruner:
         self.meter = LatencyMeter(model, self._inputs(), budget) if isinstance(budget, Latency) else None
         groups = find_groups(model, self._inputs(), ignore=ignore, keep_host=self.scorer.foreign)
         self._take(sound_groups(model, groups, self._inputs()))
-        self.dense: Size = self._slim_cost.dense
+        self.dense: Size = self._fit.dense
         self.live = LivePlan(self.groups)
         check_stages(self.stages, list(self.live.dense_widths))
         self._since_check, self._window, self._loss_sum = 0, 0, 0.0
@@ -126,11 +127,7 @@ class ChannelPruner:
         self.seconds = {"score": 0.0, "plan": 0.0, "surgery": 0.0}
         # Reachable at all? How narrow the network can get does not depend on the scores.
         level = {group.name: torch.zeros(group.width) for group in self.groups}
-        ranking = self._ranking(level)
-        if self.meter is not None:
-            self.meter.check(self._slim(ranking.kept(ranking.units)))
-        else:
-            solve(ranking, budget, self.dense, self._slim_cost.predict)
+        self._fit.check(self._ranking(level))
 
     # -- what a training loop calls ---------------------------------------------------------------------
 
@@ -240,7 +237,7 @@ class ChannelPruner:
 
     def size(self) -> Size:
         """Return the size of the network without the channels removed so far."""
-        return self._counted or self._slim_cost.predict(self.live.kept)
+        return self._counted or self._fit.cost.predict(self.live.kept)
 
     @property
     def steps(self) -> list[dict[str, float]]:
@@ -329,8 +326,8 @@ class ChannelPruner:
         if not self.groups:
             reasons = "; ".join(f"{group.name}: {group.fixed}" for group in groups[:5])
             raise GraphError(f"Nothing in {type(self.model).__name__} may be pruned. {reasons}")
-        cost = SlimCost(self.model, self._inputs(), self.groups)
-        self._slim_cost: SlimCost | LatencyByMACs = cost if self.meter is None else self.meter.sized(cost)
+        cost, dense = SlimCost(self.model, self._inputs(), self.groups), getattr(self, "dense", None)
+        self._fit = BudgetFit(self.budget, cost, self._slim, self._inputs(), self.meter, dense)
         self._masks = Masks(self.model, self.groups)
 
     def _due(self) -> bool:
@@ -346,15 +343,15 @@ class ChannelPruner:
     def _prune(self, *, final: bool) -> None:
         """Take one step of the schedule, or go all the way to the budget."""
         with self._timed("plan"):
-            costs = self._costs() if self.cost_aware else None
+            costs = self._fit.savings(self.groups, self.live.kept) if self.cost_aware else None
             mean_loss = pooled_mean(self._loss_sum, self._since_check) or 0.0
             ranking = self._ranking(self.scorer.scores(self.groups, self.live.kept, self.schedule.momentum, costs))
-            last, kept = self._enough(ranking)
+            last = self._fit.enough(ranking)
             units = None if final else self._partial(ranking)
             if units is not None and units < last:
                 kept = ranking.kept(units)
             else:
-                kept = self._exact(ranking, kept)
+                kept, self._counted, self.timing = self._fit.exact(ranking, ranking.kept(last))
                 self.done = True
             kept, self.done, self._counted = agreed((kept, self.done, self._counted))
             said = agreed(self.scorer.conclude(self.live.kept, kept))
@@ -380,34 +377,13 @@ class ChannelPruner:
             self.cut()
         self.open()
 
-    def _enough(self, ranking: Ranking) -> tuple[int, dict[str, Tensor]]:
-        """Return how many units go, and what stays then, by arithmetic; all of them where only timing can tell."""
-        if self.meter is not None and ranking.fewest(self._within) is None:
-            return ranking.units, ranking.kept(ranking.units)
-        return solve(ranking, self.budget, self.dense, self._slim_cost.predict)
-
-    def _within(self, kept: dict[str, Tensor]) -> bool:
-        return self.budget.value(self._slim_cost.predict(kept)) <= self.budget.limit(self.dense)
-
     def _partial(self, ranking: Ranking) -> int | None:
         """Return how many units go in a step that is not the last."""
-        now = self._slim_cost.predict(self.live.kept)
         if self.schedule.channels is not None:
-            asked = now.channels - self.schedule.channels
+            asked = sum(len(index) for index in self.live.kept.values()) - self.schedule.channels
             return ranking.fewest(lambda kept: sum(len(index) for index in kept.values()) <= asked)
         assert self.schedule.steps is not None
-        value, limit = self.budget.value(now), self.budget.limit(self.dense)
-        part = value - (value - limit) / (self.schedule.steps - len(self.steps))
-        return ranking.fewest(lambda kept: self.budget.value(self._slim_cost.predict(kept)) <= part)
-
-    def _costs(self) -> dict[str, float]:
-        """Return what removing one more channel of each group saves, in units of the budget."""
-        whole = self.budget.value(self._slim_cost.predict(self.live.kept))
-        costs = {}
-        for group in self.groups:
-            fewer = {**self.live.kept, group.name: self.live.kept[group.name][:-1]}
-            costs[group.name] = float(whole - self.budget.value(self._slim_cost.predict(fewer)))
-        return costs
+        return self._fit.part(ranking, self.live.kept, steps_left=self.schedule.steps - len(self.steps))
 
     def _compensate(self, factors: Mapping[str, Tensor]) -> None:
         """Fold what the gates that stay have become into the network and its average."""
@@ -416,25 +392,10 @@ class ChannelPruner:
             if network is not None and moved:
                 fold_factors(network, self.groups, moved)
 
-    def _exact(self, ranking: Ranking, kept: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Count on the slim network; where arithmetic was off, search again by counting; a latency by timing."""
-        if self.meter is not None:
-            units = self.meter.fewest(ranking.units, lambda units: self._slim(ranking.kept(units)))
-            kept = ranking.kept(units)
-            self.timing = self.meter.account(self._slim(kept))
-        self._counted = self._count(kept)
-        if self.meter is None and self._counted != self._slim_cost.predict(kept):
-            _, kept = solve(ranking, self.budget, self.dense, self._count)
-            self._counted = self._count(kept)
-        return kept
-
     def _slim(self, kept: Mapping[str, Tensor]) -> nn.Module:
         slim = copy.deepcopy(self.model)
         cut_channels(slim, self.live.relative(kept), self._all_groups)
         return slim
-
-    def _count(self, kept: Mapping[str, Tensor]) -> Size:
-        return Size(count(self._slim(kept), self._inputs()), sum(len(index) for index in kept.values()))
 
     def _remove_physically(self, plan: PruningPlan) -> None:
         if plan.channels_removed:

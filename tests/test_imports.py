@@ -26,7 +26,7 @@ FLOORS = (
     frozenset({"report", "report_plots", "correlation_plots", "correlation_results", "layers_plots"}),
     frozenset({"criteria"}),
     frozenset({"budgets"}),
-    frozenset({"selection", "stages", "slim_cost", "schedules", "scorer", "live_plan", "latency_budget"}),
+    frozenset({"selection", "stages", "slim_cost", "schedules", "scorer", "live_plan", "latency_budget", "budget_fit"}),
     frozenset({"layers", "side_by_side"}),
     frozenset({"adapters"}),
     frozenset({"channel_pruner", "methods"}),
