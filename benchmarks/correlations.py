@@ -21,8 +21,8 @@ from typing import Any
 from nni_plugin.benchmarks.experiment import Experiment
 from nni_plugin.benchmarks.grid import Grid, mean_and_sd, summary
 from nni_plugin.benchmarks.presets import DENSE
-from nni_plugin.correlation_job import CorrelationJob, run_correlations
-from nni_plugin.correlation_results import COLUMNS
+from nni_plugin.correlation_study.job import CorrelationJob, run_correlations
+from nni_plugin.correlation_study.results import COLUMNS
 
 NOTES = (
     "Spearman: over the channels of all groups together. Per group: the mean of Spearman's coefficient within each "

@@ -23,7 +23,7 @@ FLOORS = (
         {"errors", "machine", "processes", "tensors", "groups", "cost", "latency", "compensation", "renumbering"}
     ),
     frozenset({"plan", "masks", "networks", "workspace", "correlation", "search_space"}),
-    frozenset({"report", "report_plots", "correlation_plots", "correlation_results", "layers_plots"}),
+    frozenset({"report", "report_plots"}),
     frozenset({"criteria"}),
     frozenset({"budgets"}),
     frozenset({"selection", "stages", "slim_cost", "schedules", "scorer", "live_plan", "latency_budget", "budget_fit"}),
@@ -32,8 +32,8 @@ FLOORS = (
     frozenset({"channel_pruner", "methods"}),
     frozenset({"planner", "layer_planner", "checkpoint", "reconstruction", "marginal_cost", "joint_planner"}),
     frozenset({"performance"}),
-    frozenset({"pruners", "job", "job_plans", "workflow", "correlation_data", "correlation_job", "experiment_job"}),
-    frozenset({"layers_without", "layers_scores", "layers_results", "layers_job"}),
+    frozenset({"pruners", "job", "search_plans", "job_plans", "workflow", "correlation_study", "experiment_job"}),
+    frozenset({"block_study"}),
     frozenset({""}),  # nni_plugin/__init__.py, which only gathers the public names
     frozenset({"benchmarks"}),
     frozenset({"cli", "trial", "__main__"}),

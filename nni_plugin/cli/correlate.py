@@ -57,7 +57,7 @@ def run(arguments: Any, command: str) -> None:
     # Accelerate and the training stack load only when they are needed.
     from rich.console import Console
 
-    from nni_plugin.correlation_job import run_correlations
+    from nni_plugin.correlation_study.job import run_correlations
     from nni_plugin.workspace import STATE
 
     console = Console(highlight=False)
@@ -77,7 +77,7 @@ def run(arguments: Any, command: str) -> None:
 
 def _job(arguments: Any) -> Any:
     from nni_plugin.adapters.training import TrainingConfig
-    from nni_plugin.correlation_job import CorrelationJob
+    from nni_plugin.correlation_study.job import CorrelationJob
 
     shared = {field.name: arguments[field.name] for field in fields(TrainingConfig) if field.name in arguments}
     try:

@@ -60,7 +60,7 @@ def run(arguments: Any, command: str) -> None:
     # Accelerate and the training stack load only when they are needed.
     from rich.console import Console
 
-    from nni_plugin.layers_job import run_layers
+    from nni_plugin.block_study.job import run_layers
     from nni_plugin.workspace import STATE
 
     console = Console(highlight=False)
@@ -82,7 +82,7 @@ def run(arguments: Any, command: str) -> None:
 
 def _job(arguments: Any) -> Any:
     from nni_plugin.adapters.training import TrainingConfig
-    from nni_plugin.layers_job import CRITERIA, LayersJob
+    from nni_plugin.block_study.job import CRITERIA, LayersJob
 
     shared = {field.name: arguments[field.name] for field in fields(TrainingConfig) if field.name in arguments}
     try:

@@ -11,10 +11,10 @@ import pytest
 import torch
 from scipy import stats
 
-import nni_plugin.correlation_job
-from nni_plugin.correlation_data import FirstImages
-from nni_plugin.correlation_job import CorrelationJob, run_correlations
-from nni_plugin.correlation_results import COLUMNS
+import nni_plugin.correlation_study.job
+from nni_plugin.correlation_study.data import FirstImages
+from nni_plugin.correlation_study.job import CorrelationJob, run_correlations
+from nni_plugin.correlation_study.results import COLUMNS
 from nni_plugin.criteria import Oracle
 from nni_plugin.errors import CriterionError
 from nni_plugin.methods import known_methods
@@ -157,8 +157,8 @@ def test_all_methods_by_default_and_no_held_out_images(command, tmp_path, monkey
         scored.append(criterion)
         return {group.name: torch.rand(group.width) for group in groups}
 
-    monkeypatch.setattr(nni_plugin.correlation_job, "score_groups", quick)
-    monkeypatch.setattr(nni_plugin.correlation_job, "_predictions", lambda criterion, groups: {})
+    monkeypatch.setattr(nni_plugin.correlation_study.job, "score_groups", quick)
+    monkeypatch.setattr(nni_plugin.correlation_study.job, "_predictions", lambda criterion, groups: {})
     output = tmp_path / "out"
     said = command(*SMALL, "--images", "32", "--held-out-images", "0", "--output", output)
     assert said.code == 0, said.err
@@ -194,12 +194,12 @@ def test_some_channels_are_judged_and_the_test_images_can_be_held_out(command, t
 def test_without_nni_its_criteria_are_left_out_by_default(tmp_path, monkeypatch):
     job = CorrelationJob("resnet20", tmp_path)
     assert any(name.startswith("nni:") for name in job.chosen())
-    monkeypatch.setattr(nni_plugin.correlation_job, "find_spec", lambda name: None)
+    monkeypatch.setattr(nni_plugin.correlation_study.job, "find_spec", lambda name: None)
     assert job.chosen() == tuple(name for name in known_methods() if not name.startswith("nni:"))
 
 
 def test_the_oracle_itself_is_not_measured_twice(command, found, tmp_path, monkeypatch):
-    monkeypatch.setattr(nni_plugin.correlation_job, "create_criterion", lambda name: Oracle())
+    monkeypatch.setattr(nni_plugin.correlation_study.job, "create_criterion", lambda name: Oracle())
     output = tmp_path / "out"
     assert command(*SMALL, "--methods", "oracle", "--output", output).code == 0
     (row,) = _rows(output / "correlations.csv")
@@ -210,7 +210,7 @@ def test_the_oracle_itself_is_not_measured_twice(command, found, tmp_path, monke
 
 
 def test_a_criterion_that_cannot_score_is_left_out_and_said(command, tmp_path, monkeypatch):
-    score = nni_plugin.correlation_job.score_groups
+    score = nni_plugin.correlation_study.job.score_groups
 
     def failing(model, groups, criterion, batches, loss_fn):
         if type(criterion).__name__ == "Magnitude":
@@ -219,7 +219,7 @@ def test_a_criterion_that_cannot_score_is_left_out_and_said(command, tmp_path, m
             raise IndexError("its own fault")
         return score(model, groups, criterion, batches, loss_fn)
 
-    monkeypatch.setattr(nni_plugin.correlation_job, "score_groups", failing)
+    monkeypatch.setattr(nni_plugin.correlation_study.job, "score_groups", failing)
     output = tmp_path / "out"
     short = [*SMALL, "--images", "32", "--held-out-images", "0"]
     said = command(*short, "--methods", "random,magnitude,tp:fpgm", "--output", output)

@@ -8,12 +8,12 @@ from functools import partial
 import killed
 import pytest
 
-import nni_plugin.layers_job
+import nni_plugin.block_study.job
+from nni_plugin.block_study.job import CRITERIA, LayersJob, run_layers
+from nni_plugin.block_study.without import Absences
 from nni_plugin.cli import main
 from nni_plugin.errors import CriterionError
 from nni_plugin.layers.latency import block_latencies
-from nni_plugin.layers_job import CRITERIA, LayersJob, run_layers
-from nni_plugin.layers_without import Absences
 
 FILES = ["importance.png", "latency.png", "layers.csv", "layers.json"]
 BLOCKS = ["layer1.0", "layer1.1", "layer1.2", "layer2.1", "layer2.2", "layer3.1", "layer3.2"]
@@ -26,7 +26,7 @@ FEW = ["--criteria", "imprinting,layer-taylor-fo,layer-tp:group-norm"]
 
 @pytest.fixture(autouse=True)
 def _quick_latency(monkeypatch):
-    monkeypatch.setattr(nni_plugin.layers_job, "block_latencies", partial(block_latencies, min_run_time=0.005))
+    monkeypatch.setattr(nni_plugin.block_study.job, "block_latencies", partial(block_latencies, min_run_time=0.005))
 
 
 def _rows(path):
@@ -37,7 +37,7 @@ def _rows(path):
 def _made(tmp_path_factory, *flags):
     folder = tmp_path_factory.mktemp("layers") / "out"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(nni_plugin.layers_job, "block_latencies", partial(block_latencies, min_run_time=0.005))
+        patch.setattr(nni_plugin.block_study.job, "block_latencies", partial(block_latencies, min_run_time=0.005))
         assert main([*SMALL, *flags, "--output", str(folder)]) == 0
     return folder
 
@@ -145,7 +145,7 @@ def test_interrupted_then_refused_then_resumed(command, few, tmp_path, monkeypat
 
     seen.clear()
     monkeypatch.setattr(Absences, "of", lambda absences, block: seen.append(block.name) or of(absences, block))
-    monkeypatch.setattr(nni_plugin.layers_job, "score_blocks", _score_nothing)
+    monkeypatch.setattr(nni_plugin.block_study.job, "score_blocks", _score_nothing)
     said = command(*SMALL, *FEW, "--output", output, "--resume")
     assert said.code == 0, said.err
     assert seen == BLOCKS[3:]

@@ -13,12 +13,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from nni_plugin.block_study.plots import Panel, plot_panels
+from nni_plugin.block_study.scores import BlockScores
+from nni_plugin.block_study.without import Absence
 from nni_plugin.cost import Cost
 from nni_plugin.layers import Block, rank_agreement, removal_order
 from nni_plugin.layers.latency import BlockLatency
-from nni_plugin.layers_plots import Panel, plot_panels
-from nni_plugin.layers_scores import BlockScores
-from nni_plugin.layers_without import Absence
 
 Row = dict[str, Any]
 

@@ -23,7 +23,10 @@ from nni_plugin.adapters.data import create_loaders
 from nni_plugin.adapters.training import TrainingConfig, evaluate, fit
 from nni_plugin.adapters.training.checkpoint import read_checkpoint, write_checkpoint
 from nni_plugin.adapters.training.evaluate import show_progress
-from nni_plugin.correlation_data import FirstImages
+from nni_plugin.block_study.results import agreements, rows_of, write_results
+from nni_plugin.block_study.scores import BlockScores, score_blocks
+from nni_plugin.block_study.without import Absence, Absences, costs_saved
+from nni_plugin.correlation_study.data import FirstImages
 from nni_plugin.cost import count
 from nni_plugin.criteria.ablation import cross_entropy
 from nni_plugin.errors import CriterionError, DataError, TrainingError
@@ -33,9 +36,6 @@ from nni_plugin.layers import LayerImportance
 from nni_plugin.layers.blocks import find_blocks
 from nni_plugin.layers.latency import BlockLatency, block_latencies
 from nni_plugin.layers.methods import create_layer_importance
-from nni_plugin.layers_results import agreements, rows_of, write_results
-from nni_plugin.layers_scores import BlockScores, score_blocks
-from nni_plugin.layers_without import Absence, Absences, costs_saved
 from nni_plugin.machine import describe_machine, library_versions, usable_device
 from nni_plugin.workspace import Workspace, workspace
 

@@ -10,6 +10,10 @@ import torch
 from layered import batches, chain, loss_of, plant, vgg
 from networks_at_random import assert_same, state_of
 
+from nni_plugin.block_study.plots import Panel, plot_panels
+from nni_plugin.block_study.results import agreements, importance_panels, latency_panels, rows_of, write_results
+from nni_plugin.block_study.scores import BlockScores, score_blocks
+from nni_plugin.block_study.without import Absence, Absences, costs_saved
 from nni_plugin.compensation import reestimate_batchnorm
 from nni_plugin.cost import Cost, count
 from nni_plugin.errors import CriterionError
@@ -18,10 +22,6 @@ from nni_plugin.layers.blocks import find_blocks
 from nni_plugin.layers.ensemble import rank_sums
 from nni_plugin.layers.latency import BlockLatency
 from nni_plugin.layers.methods import create_layer_importance
-from nni_plugin.layers_plots import Panel, plot_panels
-from nni_plugin.layers_results import agreements, importance_panels, latency_panels, rows_of, write_results
-from nni_plugin.layers_scores import BlockScores, score_blocks
-from nni_plugin.layers_without import Absence, Absences, costs_saved
 from nni_plugin.plan import PruningPlan
 
 SEVERAL = (

@@ -26,8 +26,8 @@ import torch
 from nni_plugin.adapters.torch_pruning import find_groups, sound_groups
 from nni_plugin.adapters.training import TrainingConfig, evaluate, fit
 from nni_plugin.adapters.training.checkpoint import read_checkpoint, write_checkpoint
-from nni_plugin.correlation_data import FirstImages, open_images
-from nni_plugin.correlation_results import Measured, Scored, Scores, agreement, json_value, row_of, write_results
+from nni_plugin.correlation_study.data import FirstImages, open_images
+from nni_plugin.correlation_study.results import Measured, Scored, Scores, agreement, json_value, row_of, write_results
 from nni_plugin.criteria import Criterion, Oracle
 from nni_plugin.criteria.ablation import cross_entropy
 from nni_plugin.errors import CriterionError, GraphError, TrainingError

@@ -17,7 +17,7 @@ from typing import Any
 from torch import Tensor
 
 from nni_plugin.correlation import Correlation, correlate
-from nni_plugin.correlation_plots import plot_ranks
+from nni_plugin.correlation_study.plots import plot_ranks
 
 Scores = dict[str, Tensor]
 """One value a channel by group name, shape `[width]` each."""
