@@ -280,6 +280,7 @@ class ChannelPruner:
             "live": self.live.state_dict(),
             "since": [self._since_check, self._window, self._loss_sum],
             "done": self.done,
+            "timing": self.timing,
             "seconds": dict(self.seconds),
             "parity": None if self.parity is None else dataclasses.asdict(self.parity),
             "scorer": self.scorer.state_dict(),
@@ -305,6 +306,7 @@ class ChannelPruner:
         self._masks.remove(self.live.kept)
         self._masks.zero_weights()
         self._since_check, self._window, self._loss_sum = state["since"]
+        self.timing = dict(state["timing"])
         self.parity = None if state["parity"] is None else Parity(**state["parity"])
         self.close()
         self.open()  # on the groups as they are now, before the open window's sums come back

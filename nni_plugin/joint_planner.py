@@ -11,15 +11,18 @@ its share of the measured times of its layers, times the part of it that a narro
 step scores the smaller network anew and counts, or times, the slim network itself.
 
 How far the quadratic model of a whole block may be trusted differs from network to network. So plans are made with
-savings weighed fully, by their root and not at all, which leaves depth alone, and the network that loses least on the
+savings weighed fully, by their root and not at all, when blocks hardly ever go, and the network that loses least on the
 scoring images, its batch normalisations settled, decides.
 """
 
 from __future__ import annotations
 
+import bisect
 import copy
+import math
 import warnings
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,22 +30,23 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from nni_plugin.adapters.torch_pruning import apply_plan, find_groups, sound_groups
-from nni_plugin.budgets import Channels, Latency, Layers, MACs, Params, Size
+from nni_plugin.adapters.torch_pruning import apply_plan, cut_channels, find_groups, sound_groups
+from nni_plugin.budgets import Latency, MACs, Params, Size
 from nni_plugin.compensation import reestimate_batchnorm
 from nni_plugin.cost import count, on_device_of
 from nni_plugin.criteria import OBS, quadratic
-from nni_plugin.errors import BudgetError, CriterionError, GraphError
+from nni_plugin.errors import BudgetError, CriterionError, GraphError, PlanError, ScheduleError
 from nni_plugin.groups import ChannelGroup
 from nni_plugin.latency_budget import LatencyMeter
-from nni_plugin.layer_planner import Candidates, candidate_blocks
-from nni_plugin.layers.block_gate import block_gate_gradients
+from nni_plugin.layers.block_gate import BlockGates
 from nni_plugin.layers.blocks import Block
+from nni_plugin.layers.candidates import Candidates, candidate_blocks, inside, possible_removal
+from nni_plugin.layers.removal import Removal
 from nni_plugin.machine import library_versions
 from nni_plugin.marginal_cost import MarginalCost
-from nni_plugin.plan import GroupPlan, PruningPlan
+from nni_plugin.plan import GroupPlan, PruningPlan, dense_names
 from nni_plugin.planner import unchanged
-from nni_plugin.processes import agreed, pooled_mean
+from nni_plugin.processes import agreed, gathered, pooled_mean
 from nni_plugin.selection import Ranking
 
 
@@ -78,7 +82,7 @@ def plan_jointly(
             least on `batches`; each takes as long again.
         max_samples: Rows of gate gradients kept.
         candidates: Which of blocks inside blocks may leave, see :func:`nni_plugin.plan_layers`.
-        ignore: Layers to leave whole.
+        ignore: Layers, or blocks, to leave whole.
         min_channels: No group gets narrower.
         round_to: Widths become multiples of this, or stay whole.
         reestimate: Estimate the statistics of batch normalisations anew between steps; the plan holds none.
@@ -88,22 +92,24 @@ def plan_jointly(
 
     Raises:
         BudgetError: The budget is of another kind or out of reach; the text says what can be reached.
+        ScheduleError: `steps` is no count.
         CriterionError: There is no minibatch, a loss is not finite, or a layer lacks gradients.
         GraphError: There is neither a block nor a channel to remove.
     """
-    if isinstance(budget, (Channels, Layers)):
-        raise BudgetError(f"{budget} counts channels or blocks alone; both leave here: give Latency, MACs or Params.")
-    if not cost_powers:
-        raise BudgetError("cost_powers must hold one number at least, such as 1.0 for loss per unit saved.")
+    _check_settings(budget, steps, damping, cost_powers)
     example_inputs = on_device_of(model, example_inputs)
-    meter = LatencyMeter(model, example_inputs, budget) if isinstance(budget, Latency) else None
-    goal = _Goal(budget, meter, model, example_inputs)
-    search = _Search(goal, batches, loss_fn, steps, damping, max_samples, reestimate)
-    limits = candidates, tuple(ignore), min_channels, round_to
-    with tqdm(total=steps * len(cost_powers), desc="prune", unit="step", delay=2, disable=None) as bar:
-        paths = [search.path(model, power, limits, bar) for power in cost_powers]
-    losses = [search.settled_loss(path.network) for path in paths] if len(paths) > 1 else [None]
-    chosen = agreed(min(range(len(paths)), key=lambda i: losses[i] or 0.0))
+    limits = _Limits(candidates, tuple(ignore), min_channels, round_to)
+    with torch.enable_grad(), torch.random.fork_rng(devices=[]):  # a loader may draw when it is gone through
+        goal = _Goal(budget, model, example_inputs)
+        goal.check(model, limits)
+        search = _Search(goal, batches, loss_fn, steps, damping, max_samples, reestimate)
+        with tqdm(total=steps * len(cost_powers), desc="prune", unit="step", delay=2, disable=None) as bar:
+            paths = search.paths(model, cost_powers, limits, bar)
+        losses = [search.settled_loss(path.network) if len(paths) > 1 else 0.0 for path in paths]
+    chosen = min(range(len(paths)), key=lambda i: losses[i] if math.isfinite(losses[i]) else math.inf)
+    if not math.isfinite(losses[chosen]):
+        raise CriterionError("The loss of every pruned network is not finite; ask for less. The model is unchanged.")
+    chosen = agreed(chosen)
     work, account = paths[chosen].network, paths[chosen].account
     done: PruningPlan | None = getattr(work, "pruning_plan", None)
     if done is None:
@@ -118,14 +124,65 @@ def plan_jointly(
         cost_after=count(work, example_inputs),
         predicted_loss_change=sum(step["predicted_loss_change"] for step in account),
         provenance={
-            "criterion": f"joint gates(damping={damping}, cost_power={cost_powers[chosen]})",
+            "criterion": f"joint gates(damping={damping}, cost_power={paths[chosen].cost_power})",
             "budget": repr(budget),
             "steps": account,
-            "settled_losses": dict(zip(map(str, cost_powers), losses, strict=True)),
-            **({} if meter is None else {"latency": meter.account(work)}),
+            **(
+                {"settled_losses": dict(zip((str(path.cost_power) for path in paths), losses, strict=True))}
+                if len(paths) > 1
+                else {}
+            ),
+            **({} if goal.meter is None else {"latency": goal.meter.account(work)}),
             "versions": library_versions(),
         },
     )
+
+
+def check_jointly(
+    model: nn.Module,
+    example_inputs: Any,
+    budget: MACs | Params | Latency,
+    *,
+    candidates: Candidates = "outermost",
+    ignore: Iterable[str | nn.Module] = (),
+    min_channels: int = 1,
+    round_to: int = 1,
+) -> None:
+    """Refuse a budget for :func:`plan_jointly` that is out of reach, or met by the network as it is.
+
+    Raises:
+        BudgetError: It is so; the text says what can be reached.
+        GraphError: There is neither a block nor a channel to remove.
+    """
+    goal = _Goal(budget, model, example_inputs)
+    if goal.value(model) <= goal.limit:
+        raise BudgetError(f"{budget} is met by the network as it is: nothing would be removed. Ask for less.")
+    goal.check(model, _Limits(candidates, tuple(ignore), min_channels, round_to))
+
+
+def _check_settings(budget: Any, steps: Any, damping: Any, cost_powers: Sequence[Any]) -> None:
+    if not isinstance(budget, (Latency, MACs, Params)):
+        raise BudgetError(f"Channels and blocks both leave: the budget is Latency, MACs or Params, got {budget!r}.")
+    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
+        raise ScheduleError(f"steps must be an integer of at least 1, got {steps!r}.")
+    if not _is_number(damping) or not damping > 0:
+        raise CriterionError(f"damping must be a finite number above 0, got {damping!r}.")
+    if not cost_powers or not all(_is_number(power) and power >= 0 for power in cost_powers):
+        raise BudgetError(f"cost_powers must hold finite numbers of at least 0, such as [1.0], got {cost_powers!r}.")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+@dataclass(frozen=True)
+class _Limits:
+    """What may leave at all."""
+
+    candidates: Candidates
+    ignore: tuple[str | nn.Module, ...]
+    min_channels: int
+    round_to: int
 
 
 @dataclass(frozen=True)
@@ -134,6 +191,7 @@ class _Path:
 
     network: nn.Module
     account: list[dict[str, Any]]
+    cost_power: float
 
 
 @dataclass(frozen=True)
@@ -148,7 +206,18 @@ class _Search:
     max_samples: int
     reestimate: bool
 
-    def path(self, model: nn.Module, cost_power: float, limits: tuple[Any, ...], bar: Any) -> _Path:
+    def paths(self, model: nn.Module, cost_powers: Sequence[float], limits: _Limits, bar: Any) -> list[_Path]:
+        """Go each way that can be gone: one may leave a network that cannot be traced any further."""
+        found: list[_Path] = []
+        for number, power in enumerate(cost_powers):
+            try:
+                found.append(self.path(model, power, limits, bar))
+            except (GraphError, PlanError):
+                if number + 1 == len(cost_powers) and not found:
+                    raise
+        return found
+
+    def path(self, model: nn.Module, cost_power: float, limits: _Limits, bar: Any) -> _Path:
         """Go to the budget on a copy of a network, which carries its plan."""
         goal, inputs = self.goal, self.goal.example_inputs
         work = copy.deepcopy(model).eval()
@@ -156,16 +225,21 @@ class _Search:
             del work.pruning_plan
         account: list[dict[str, Any]] = []
         for step in range(self.steps):
-            items, last = _Items.of(work, inputs, *limits), step + 1 == self.steps
+            now, last = goal.value(work), step + 1 == self.steps
+            if step and now <= goal.limit:
+                break
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # said once already, when the budget was checked
+                items = _Items.of(work, model, inputs, limits)
             cost = MarginalCost(work, inputs, items.groups, items.blocks, goal.budget)
             with unchanged(work):
                 rows, movable = _gradients(work, items, self.batches, self.loss_fn, self.max_samples)
             costs = items.columns(cost.channels, cost.blocks).pow(cost_power)
             order = quadratic.removal_order(rows, self.damping, costs, holds=items.holds)
-            now = goal.value(work)
             limit = now - (now - goal.limit) / (self.steps - step)
+            order = agreed(order)
             number = agreed(goal.fewest(items, order, work, limit, exact=last))
-            plan, change = items.plan(order, number, rows, movable, self.damping)
+            plan, change = agreed(items.plan(order, number, rows, movable, self.damping))
             if plan is not None:
                 apply_plan(work, plan, inputs)
                 if self.reestimate and not last:
@@ -173,7 +247,7 @@ class _Search:
             size = count(work, inputs)
             account.append({"macs": size.macs, "params": size.params, "predicted_loss_change": change})
             bar.update()
-        return _Path(work, account)
+        return _Path(work, account, cost_power)
 
     @torch.no_grad()
     def settled_loss(self, network: nn.Module) -> float:
@@ -191,27 +265,44 @@ def _gradients(
     loss_fn: Callable[[nn.Module, Any], Tensor],
     max_samples: int,
 ) -> tuple[Tensor, Tensor]:
-    """Return per-sample gradients of all gates, channels first, `[N, gates]`, and which of them can take a factor."""
+    """Return per-sample gradients of all gates, channels first, `[N, gates]`, and which of them can take a factor.
+
+    Both come from the same backward pass, so that a row is one sample's.
+    """
+    criterion = OBS(max_samples=max_samples)
+    of_blocks: list[Tensor] = []
+    samples = 0
+    with ExitStack() as stack:
+        if items.groups:
+            stack.enter_context(criterion.collect(model, items.groups))
+        gates = stack.enter_context(BlockGates(model, items.blocks)) if items.blocks else None
+        for batch in batches:
+            model.zero_grad(set_to_none=True)
+            loss = loss_fn(model, batch)
+            if not math.isfinite(value := float(loss.detach())):
+                raise CriterionError(f"The loss is {value}: look at the data. The model is unchanged.")
+            loss.backward()
+            if gates is not None:
+                of_blocks.append(gates.after_backward())
+            if items.groups:
+                criterion.update()
+            samples = criterion.samples if items.groups else sum(map(len, of_blocks))
+            if samples >= max_samples:
+                break
+    if samples == 0:
+        raise CriterionError("There is no batch to score with: the loader is empty (or used up).")
     parts, movable = [], torch.zeros(len(items.blocks), dtype=torch.bool)
     if items.groups:
-        criterion = OBS(max_samples=max_samples)
-        with criterion.collect(model, items.groups):
-            for batch in batches:
-                model.zero_grad(set_to_none=True)
-                loss_fn(model, batch).backward()
-                criterion.update()
-                if criterion.samples >= max_samples:
-                    break
-        if criterion.samples == 0:
-            raise CriterionError("There is no batch to score with: the loader is empty (or used up).")
         criterion.all_reduce()
         parts.append(criterion.rows)
         movable = torch.cat([criterion.movable, movable])
     if items.blocks:
-        model.zero_grad(set_to_none=True)
-        rows = block_gate_gradients(model, items.blocks, batches, loss_fn, max_samples=max_samples)
+        rows = torch.cat(gathered(torch.cat(of_blocks)[:samples]))
         parts.append(rows.to(parts[0].dtype) if parts else rows)
-    return torch.cat(parts, 1), movable
+    found = torch.cat(parts, 1)
+    if not bool(torch.isfinite(found).all()):
+        raise CriterionError("Gradients are not finite: look at the data and the weights. The model is unchanged.")
+    return found, movable
 
 
 @dataclass(frozen=True)
@@ -220,47 +311,50 @@ class _Items:
 
     Args:
         groups: Prunable groups.
+        every: All groups, also those that stay whole.
         blocks: Removable blocks.
-        holds: By a block's column those of the channels inside it.
+        holds: By a block's column those of the channels and blocks inside it.
+        removal: How blocks leave.
         min_channels: No group gets narrower.
         round_to: Widths become multiples of this.
     """
 
     groups: tuple[ChannelGroup, ...]
+    every: tuple[ChannelGroup, ...]
     blocks: tuple[Block, ...]
     holds: dict[int, Tensor]
+    removal: Callable[[Iterable[str]], Removal] | None
     min_channels: int
     round_to: int
 
     @classmethod
-    def of(
-        cls,
-        model: nn.Module,
-        example_inputs: Any,
-        candidates: Candidates,
-        ignore: tuple[str | nn.Module, ...],
-        min_channels: int,
-        round_to: int,
-    ) -> _Items:
-        """Find them in a network."""
-        found = sound_groups(model, find_groups(model, example_inputs, ignore=ignore), example_inputs)
-        groups = tuple(group for group in found if group.fixed is None)
+    def of(cls, model: nn.Module, dense: nn.Module, example_inputs: Any, limits: _Limits) -> _Items:
+        """Find them in a network that comes from a dense one.
+
+        Units of plain networks are no candidates: where one leaves, the channels on its two sides become the same.
+        """
+        paths = {module: name for name, module in dense.named_modules()}
+        named = [item if isinstance(item, str) else paths[item] for item in limits.ignore]
+        after = [name for name in map(dense_names(model).after, named) if name is not None]
+        every = sound_groups(model, find_groups(model, example_inputs, ignore=after), example_inputs)
+        groups = tuple(group for group in every if group.fixed is None)
         try:
-            blocks = tuple(candidate_blocks(model, example_inputs, candidates))
+            found = candidate_blocks(model, example_inputs, limits.candidates, after)
         except GraphError:
             if not groups:
                 raise
-            blocks = ()
+            found = []
+        blocks = tuple(block for block in found if block.kind != "unit")
+        if not groups and not blocks:
+            raise GraphError(f"{type(model).__name__} has neither a block nor a channel that may leave.")
         firsts = torch.tensor([0, *(group.width for group in groups)]).cumsum(0).tolist()
         holds = {}
         for number, block in enumerate(blocks):
-            inside = [
-                torch.arange(firsts[i], firsts[i + 1])
-                for i, group in enumerate(groups)
-                if all(block.holds(member.path) for member in group.members if member.axis == "out")
-            ]
-            holds[firsts[-1] + number] = torch.cat(inside) if inside else torch.empty(0, dtype=torch.int64)
-        return cls(groups, blocks, holds, min_channels, round_to)
+            held = [torch.arange(firsts[i], firsts[i + 1]) for i, group in enumerate(groups) if _holds(block, group)]
+            held += [torch.tensor([firsts[-1] + i]) for i, other in enumerate(blocks) if inside(other, block)]
+            holds[firsts[-1] + number] = torch.cat(held) if held else torch.empty(0, dtype=torch.int64)
+        removal = possible_removal(model, blocks, example_inputs) if blocks else None
+        return cls(groups, tuple(every), blocks, holds, removal, limits.min_channels, limits.round_to)
 
     @property
     def channels(self) -> int:
@@ -277,20 +371,28 @@ class _Items:
     def chosen(self, order: Tensor, number: int) -> tuple[dict[str, Tensor], tuple[str, ...]]:
         """Return the channels kept by group, groups inside a block that leaves left out, and the blocks that leave."""
         taken = order[:number]
-        gone = tuple(self.blocks[int(i) - self.channels].name for i in taken if i >= self.channels)
+        leaving = [self.blocks[int(i) - self.channels] for i in taken if i >= self.channels]
+        leaving = [block for block in leaving if not any(inside(block, other) for other in leaving)]
         position = torch.full((self.channels,), float(len(order)), dtype=torch.float64)
         in_order = order[order < self.channels]
         position[in_order] = torch.arange(len(in_order), dtype=torch.float64)
         scores = dict(zip((g.name for g in self.groups), position.split([g.width for g in self.groups]), strict=True))
         ranking = Ranking(self.groups, scores, round_to=self.round_to, min_channels=self.min_channels)
         kept = ranking.kept(int((taken < self.channels).sum()))
-        leaving = [block for block in self.blocks if block.name in gone]
-        inside = {
-            group.name
-            for group in self.groups
-            if any(all(block.holds(m.path) for m in group.members if m.axis == "out") for block in leaving)
-        }
-        return {name: index for name, index in kept.items() if name not in inside}, gone
+        within = {group.name for group in self.groups if any(_holds(block, group) for block in leaving)}
+        kept = {name: index for name, index in kept.items() if name not in within}
+        return kept, tuple(block.name for block in leaving)
+
+    def slim(self, model: nn.Module, order: Tensor, number: int) -> nn.Module:
+        """Return a copy of the network without so many items, not proven: to count and to time."""
+        network = copy.deepcopy(model)
+        kept, gone = self.chosen(order, number)
+        widths = {group.name: group.width for group in self.groups}
+        entries = [GroupPlan(name, widths[name], tuple(index.tolist())) for name, index in kept.items()]
+        cut_channels(network, PruningPlan(tuple(entries)), self.every)
+        if self.removal is not None and gone:
+            self.removal(gone).perform(network)
+        return network
 
     def plan(
         self, order: Tensor, number: int, rows: Tensor, movable: Tensor, damping: float
@@ -308,7 +410,8 @@ class _Items:
         for number_of, block in enumerate(self.blocks):
             if block.name in gone:
                 removed[self.channels + number_of] = True
-                idle[self.holds[self.channels + number_of]] = True
+                held = self.holds[self.channels + number_of]
+                idle[held], removed[held] = True, False
         if not bool(removed.any()):
             return None, 0.0
         z = quadratic.compensation(rows, removed, damping, movable=movable & ~idle)
@@ -327,11 +430,10 @@ class _Items:
 class _Goal:
     """The budget, on networks that come from a dense one."""
 
-    def __init__(
-        self, budget: MACs | Params | Latency, meter: LatencyMeter | None, dense: nn.Module, example_inputs: Any
-    ) -> None:
-        self.budget, self.meter, self.example_inputs = budget, meter, example_inputs
-        self.limit = meter.limit if meter else budget.limit(Size(count(dense, example_inputs), 0))
+    def __init__(self, budget: MACs | Params | Latency, dense: nn.Module, example_inputs: Any) -> None:
+        self.budget, self.example_inputs = budget, example_inputs
+        self.meter = LatencyMeter(dense, example_inputs, budget) if isinstance(budget, Latency) else None
+        self.limit = self.meter.limit if self.meter else budget.limit(Size(count(dense, example_inputs), 0))
 
     def value(self, network: nn.Module) -> float:
         """Return what the budget counts."""
@@ -339,31 +441,32 @@ class _Goal:
             return self.meter.ms(network)
         return self.budget.value(Size(count(network, self.example_inputs), 0))
 
+    def check(self, model: nn.Module, limits: _Limits) -> None:
+        """Refuse a budget out of reach.
+
+        Raises:
+            BudgetError: It is not met without everything that may leave.
+        """
+        items = _Items.of(model, model, self.example_inputs, limits)
+        everything = torch.arange(items.channels + len(items.blocks))
+        smallest = items.slim(model, everything, len(everything))
+        if self.meter is not None:
+            self.meter.check(smallest)
+        elif (least := self.value(smallest)) > self.limit:
+            raise BudgetError(
+                f"{self.budget} allows {self.limit:,.0f}, but without all blocks and channels that can leave "
+                f"{least:,.0f} remain. Ask for more. The model is unchanged."
+            )
+
     def fewest(self, items: _Items, order: Tensor, work: nn.Module, limit: float, *, exact: bool) -> int:
         """Return how many removals meet the limit on the slim network itself; a step on the way is timed briefly."""
-
-        def slim(number: int) -> nn.Module:
-            network = copy.deepcopy(work)
-            kept, gone = items.chosen(order, number)
-            widths = {group.name: group.width for group in items.groups}
-            entries = [GroupPlan(name, widths[name], tuple(index.tolist())) for name, index in kept.items()]
-            if number:
-                apply_plan(network, PruningPlan(tuple(entries), gone), self.example_inputs, check=False)
-            return network
-
         if self.meter is not None:
-            return self.meter.fewest(len(order), slim, limit, exact=exact)
-        least = self.value(slim(len(order)))
-        if least > limit:
-            raise BudgetError(
-                f"{self.budget} allows {limit:,.0f}, but without all blocks and channels that can leave {least:,.0f} "
-                "remain. Ask for more. The model is unchanged."
-            )
-        low, high = 0, len(order)
-        while low < high:
-            middle = (low + high) // 2
-            if self.value(slim(middle)) <= limit:
-                high = middle
-            else:
-                low = middle + 1
-        return low
+            return self.meter.fewest(len(order), lambda number: items.slim(work, order, number), limit, exact=exact)
+        return bisect.bisect_left(
+            range(len(order)), True, key=lambda number: self.value(items.slim(work, order, number)) <= limit
+        )
+
+
+def _holds(block: Block, group: ChannelGroup) -> bool:
+    """Tell whether all layers that write a group's channels lie in a block."""
+    return all(block.holds(member.path) for member in group.members if member.axis == "out")

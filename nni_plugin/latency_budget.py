@@ -17,7 +17,9 @@ from torch import Tensor, nn
 from nni_plugin.budgets import Latency, Size
 from nni_plugin.cost import Cost, count
 from nni_plugin.errors import BudgetError, ModelError
-from nni_plugin.latency import LatencyPair, measure_pair
+from nni_plugin.latency import LatencyPair, device_of, measure_pair
+from nni_plugin.machine import usable_device
+from nni_plugin.processes import agreed
 from nni_plugin.slim_cost import SlimCost
 
 TOLERANCE = 0.03
@@ -57,7 +59,8 @@ class LatencyMeter:
     """Times networks against the dense one they come from.
 
     Args:
-        dense: The network that ratios refer to; a copy is kept, on the device of the budget.
+        dense: The network that ratios refer to; a copy is kept, on the device of the budget. Everything is timed in
+            the element type of its weights, in the default memory format.
         example_inputs: One tensor `[N, C, H, W]`; another number of dimensions or inputs is refused.
         budget: Says the batch size and the device.
         min_run_time: Seconds to measure each network, about.
@@ -72,12 +75,13 @@ class LatencyMeter:
     def __init__(self, dense: nn.Module, example_inputs: Any, budget: Latency, *, min_run_time: float = 0.5) -> None:
         if not isinstance(example_inputs, Tensor) or example_inputs.dim() != 4:
             raise ModelError("Latency is measured on one tensor of images [N, C, H, W]; budget by MACs instead.")
-        device = torch.device(budget.device) if budget.device else next(dense.parameters()).device
+        device = device_of(dense) if budget.device is None else usable_device(budget.device)
         self.budget, self.device, self.min_run_time = budget, device, min_run_time
         self.dense = copy.deepcopy(dense).to(device)
         self._inputs, self._rounds = example_inputs, _FEW_ROUNDS
+        self._dtype = next((p.dtype for p in dense.parameters() if p.is_floating_point()), torch.float32)
         self._shape = (example_inputs.shape[1], example_inputs.shape[2], example_inputs.shape[3])
-        self.dense_ms = self.pair(self.dense).first.median_ms
+        self.dense_ms = agreed(self.pair(self.dense).first.median_ms)
         if 3 * _MANY_ROUNDS * self.dense_ms < 1000 * min_run_time:
             self._rounds = _MANY_ROUNDS
 
@@ -94,15 +98,19 @@ class LatencyMeter:
             self._shape,
             (self.budget.batch_size,),
             device=self.device,
+            dtype=self._dtype,
             min_run_time=longer * self.min_run_time,
             rounds=self._rounds,
         )
         return pair
 
     def ms(self, network: nn.Module, *, longer: float = 1.0) -> float:
-        """Return what the budget compares: the ratio in terms of `dense_ms`, or the time itself."""
+        """Return what the budget compares: the ratio in terms of `dense_ms`, or the time itself.
+
+        Of several processes the first one's measurement holds for all, so that they go on alike.
+        """
         pair = self.pair(network, longer=longer)
-        return pair.second.median_ms if self.budget.ms is not None else pair.ratio * self.dense_ms
+        return agreed(pair.second.median_ms if self.budget.ms is not None else pair.ratio * self.dense_ms)
 
     @property
     def limit(self) -> float:
@@ -141,7 +149,8 @@ class LatencyMeter:
             exact: Whether to measure the result once more, for longer, and to refuse a limit out of reach.
 
         Returns:
-            The fewest after which a longer measurement is within :data:`TOLERANCE` of the limit.
+            Few enough that one less was measured to be too slow; a longer measurement after it is within
+            :data:`TOLERANCE` of the limit.
 
         Raises:
             BudgetError: The limit is out of reach; the text says what can be reached.

@@ -9,29 +9,29 @@ from __future__ import annotations
 
 import bisect
 import copy
+import math
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, Literal
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from nni_plugin.budgets import Budget, Channels, Latency, Layers, MACs, Params, Size
+from nni_plugin.budgets import Budget, Latency, Layers, MACs, Params, Size
 from nni_plugin.compensation import reestimate_batchnorm
 from nni_plugin.cost import count, on_device_of
 from nni_plugin.criteria.ablation import cross_entropy
-from nni_plugin.errors import BudgetError, DataError, GraphError, PlanError, ScheduleError
+from nni_plugin.errors import BudgetError, CriterionError, ScheduleError
+from nni_plugin.held_out import split_fifth
 from nni_plugin.latency_budget import TOLERANCE, LatencyMeter
-from nni_plugin.layers.base import LayerImportance, LossFn, removal_order
-from nni_plugin.layers.blocks import Block, find_blocks
-from nni_plugin.layers.removal import find_removal
+from nni_plugin.layers.base import LayerImportance, LossFn
+from nni_plugin.layers.blocks import Block
+from nni_plugin.layers.candidates import Candidates, candidate_blocks, possible_removal, removal_sets
+from nni_plugin.layers.removal import Removal
 from nni_plugin.machine import library_versions
-from nni_plugin.plan import PruningPlan
+from nni_plugin.plan import PruningPlan, dense_names
 from nni_plugin.processes import agreed
-from nni_plugin.renumbering import Renumbering, ends_of
 from nni_plugin.schedules import Gradual, OneShot
-
-Candidates = Literal["outermost", "innermost", "all"]
 
 
 def plan_layers(
@@ -59,11 +59,12 @@ def plan_layers(
             could stay. A latency is met as measured on the slim network, within 3 %.
         loss_fn: `loss_fn(model, batch)` -> a finite scalar, for importances that need it.
         held_out: Minibatches of the training set that are not in `batches`, for importances that need them; None:
-            every fifth minibatch of `batches` is kept back, which must then be the same ones each time.
+            every fifth minibatch of `batches` (of fewer than five the last one) is kept back; they must then be the
+            same ones each time.
         schedule: `OneShot()` scores once; `Gradual(steps)` removes in so many steps, each on fresh scores.
         candidates: Of blocks inside blocks (the branches of a transformer's) the `"outermost"`, the `"innermost"`, or
             `"all"`, where one that leaves takes those inside along.
-        keep: Names of blocks that must stay.
+        keep: Names of blocks, or of modules in them, that must stay.
         reestimate: Estimate the statistics of batch normalisations anew before blocks are scored again. A plan holds
             no statistics: call `reestimate_batchnorm` on the pruned network as well, before its accuracy counts.
 
@@ -72,50 +73,54 @@ def plan_layers(
 
     Raises:
         BudgetError: The budget cannot be met; the text says what can be reached.
-        CriterionError: A block cannot be scored.
+        CriterionError: A block cannot be scored, or `importance` is for channels.
         DataError: The minibatches cannot be scored on.
         GraphError: There is no removable block.
-        PlanError: `keep` names no block.
+        PlanError: `keep` names nothing in the network.
     """
     schedule = schedule or OneShot()
     if not isinstance(schedule, (OneShot, Gradual)) or schedule.minibatches is not None:
         raise ScheduleError(f"Blocks leave by OneShot() or Gradual(steps), without training between, got {schedule!r}.")
+    if not isinstance(importance, LayerImportance):
+        raise CriterionError(
+            f"{importance!r} scores channels, not layers: give LayerStatistic({type(importance).__name__}()), or "
+            "another importance of nni_plugin.layers."
+        )
     example_inputs = on_device_of(model, example_inputs)
-    if importance.needs_held_out and held_out is None:
-        batches, held_out = split_fifth(batches)
-    work = copy.deepcopy(model)
-    if hasattr(work, "pruning_plan"):
-        del work.pruning_plan  # the plan asked for starts from this network
-    cuts, scored = _Cuts(model, example_inputs, _of_layers(budget)), []
-    keep = tuple(keep)
-    _check_keep(model, example_inputs, keep)
-    for step in range(schedule.steps):
-        names = _dense_names(work)
-        blocks = [
-            block
-            for block in candidate_blocks(work, example_inputs, candidates)
-            if not any(_overlap(names.block_before(block.name), other) for other in keep)
-        ]
-        scores = importance.score(work, example_inputs, blocks, batches, loss_fn, held_out)
-        now = cuts.value(work)
-        limit = now - (now - cuts.limit) / (schedule.steps - step)
-        gone = agreed(cuts.choose(work, removal_sets(blocks, scores), limit))
-        scored += [
-            {
-                "step": step,
-                "name": names.block_before(block.name),
-                "kind": block.kind,
-                "score": scores[block.name],
-                "removed": block.name in gone,
-            }
-            for block in blocks
-        ]
-        if not gone:
-            continue
-        work = copy.deepcopy(work)
-        PruningPlan((), gone).apply(work, example_inputs)
-        if reestimate:
-            reestimate_batchnorm(work, batches, loss_fn)
+    keep = (keep,) if isinstance(keep, str) else tuple(keep)
+    with torch.random.fork_rng(devices=[]):  # a loader may draw when it is gone through
+        if importance.needs_held_out and held_out is None:
+            batches, held_out = split_fifth(batches)
+        cuts = _Cuts(model, example_inputs, _of_layers(budget))
+        work, scored = copy.deepcopy(model), []
+        if hasattr(work, "pruning_plan"):
+            del work.pruning_plan  # the plan asked for starts from this network
+        for step in range(schedule.steps):
+            now = cuts.value(work)
+            if step and now <= cuts.limit:
+                break
+            names = dense_names(work)
+            staying = [name for name in map(names.after, keep) if name is not None]
+            blocks = candidate_blocks(work, example_inputs, candidates, staying)
+            scores = importance.score(work, example_inputs, blocks, batches, loss_fn, held_out)
+            part = now - (now - cuts.limit) / (schedule.steps - step)
+            limit = max(math.floor(part), cuts.limit) if isinstance(budget, Layers) else part
+            gone = agreed(cuts.choose(work, blocks, scores, limit))
+            scored += [
+                {
+                    "step": step,
+                    "name": names.block_before(block.name),
+                    "kind": block.kind,
+                    "score": scores[block.name],
+                    "removed": block.name in gone,
+                }
+                for block in blocks
+            ]
+            if gone:
+                work = copy.deepcopy(work)
+                PruningPlan((), gone).apply(work, example_inputs)
+                if reestimate:
+                    reestimate_batchnorm(work, batches, loss_fn)
     done: PruningPlan = getattr(work, "pruning_plan", PruningPlan(()))
     if not done.removed_blocks:
         warnings.warn(f"The plan removes nothing: {budget} is met by the network as it is.", stacklevel=2)
@@ -139,88 +144,31 @@ def plan_layers(
 
 
 def check_reachable(
-    model: nn.Module, example_inputs: Any, budget: Budget, candidates: Candidates = "outermost"
+    model: nn.Module,
+    example_inputs: Any,
+    budget: Budget,
+    candidates: Candidates = "outermost",
+    keep: Iterable[str] = (),
 ) -> None:
     """Refuse a budget that removing every block that may leave would not meet, or that nothing need leave for.
 
     Raises:
         BudgetError: It is so; the text says what can be reached.
         GraphError: There is no removable block.
+        PlanError: `keep` names nothing in the network.
     """
     cuts = _Cuts(model, example_inputs, _of_layers(budget))
-    blocks = candidate_blocks(model, example_inputs, candidates)
+    blocks = candidate_blocks(model, example_inputs, candidates, keep)
     if cuts.value(model) <= cuts.limit:
         raise BudgetError(f"{budget} is met by the network as it is: nothing would be removed. Ask for less.")
-    cuts.check(model, removal_sets(blocks, dict.fromkeys((block.name for block in blocks), 0.0)), cuts.limit)
+    order = removal_sets(blocks, dict.fromkeys((block.name for block in blocks), 0.0))
+    cuts.check(model, order, possible_removal(model, blocks, example_inputs))
 
 
 def _of_layers(budget: Budget) -> MACs | Params | Layers | Latency:
-    if isinstance(budget, Channels):
-        raise BudgetError(f"{budget} counts channels, and whole blocks leave: give Layers, Latency, MACs or Params.")
+    if not isinstance(budget, (Layers, Latency, MACs, Params)):
+        raise BudgetError(f"Whole blocks leave: the budget is Layers, Latency, MACs or Params, got {budget!r}.")
     return budget
-
-
-def candidate_blocks(model: nn.Module, example_inputs: Any, candidates: Candidates = "outermost") -> list[Block]:
-    """Return the blocks that may leave, in forward order.
-
-    Args:
-        model: The network.
-        example_inputs: One tensor `[N, ...]`, or a tuple or dict of inputs.
-        candidates: See :func:`plan_layers`.
-
-    Raises:
-        GraphError: There is none; the text says why some must stay.
-        PlanError: `candidates` is unknown.
-    """
-    if candidates not in ("outermost", "innermost", "all"):
-        raise PlanError(f"candidates must be 'outermost', 'innermost' or 'all', got {candidates!r}.")
-    found = find_blocks(model, example_inputs).blocks
-    free = [block for block in found if block.fixed is None]
-    if candidates == "outermost":
-        free = [block for block in free if not any(_inside(block, other) for other in free)]
-    elif candidates == "innermost":
-        free = [block for block in free if not any(_inside(other, block) for other in free)]
-    if not free:
-        why = "; ".join(f"{block.name}: {block.fixed}" for block in found[:3] if block.fixed)
-        raise GraphError(
-            f"{type(model).__name__} has no block that can be removed whole: there must be residual blocks with an "
-            f"identity shortcut, or plain layers of equal width. {why}"
-        )
-    return free
-
-
-def split_fifth(batches: Iterable[Any]) -> tuple[Iterable[Any], Iterable[Any]]:
-    """Split minibatches into those to learn from and every fifth, held out.
-
-    Raises:
-        DataError: They can be gone through only once, or come in another order each time.
-    """
-    what = "give held_out, or minibatches that are the same each time (a list, or a loader that does not shuffle)"
-    if iter(batches) is batches:
-        raise DataError(f"batches can be gone through only once, so none can be held out: {what}.")
-    first = [next(iter(batches), None) for _ in range(2)]
-    if first[0] is None or not _same(*first):
-        problem = "are shuffled" if first[0] is not None else "are none"
-        raise DataError(f"batches {problem}, so none can be held out: {what}.")
-    return _Every(batches, lambda i: i % 5 != 4), _Every(batches, lambda i: i % 5 == 4)
-
-
-class _Every:
-    """Some of the minibatches, by their number; of fewer than five the last is the fifth."""
-
-    def __init__(self, batches: Iterable[Any], chosen: Callable[[int], bool]) -> None:
-        self.batches, self.chosen = batches, chosen
-
-    def __iter__(self) -> Iterator[Any]:
-        return (batch for i, batch in enumerate(self.batches) if self.chosen(i))
-
-
-def _same(a: Any, b: Any) -> bool:
-    if isinstance(a, Tensor):
-        return isinstance(b, Tensor) and a.shape == b.shape and torch.equal(a, b)
-    if isinstance(a, (tuple, list)):
-        return len(a) == len(b) and all(map(_same, a, b))
-    return bool(a == b)
 
 
 class _Cuts:
@@ -237,92 +185,83 @@ class _Cuts:
         self.meter = LatencyMeter(dense, example_inputs, budget) if isinstance(budget, Latency) else None
         self.limit = self.meter.limit if self.meter else budget.limit(Size(count(dense, example_inputs), 0))
 
-    def value(self, work: nn.Module, names: Sequence[str] = ()) -> float:
-        """Return what the budget counts of a network without these blocks."""
+    def value(self, work: nn.Module) -> float:
+        """Return what the budget counts of a network that comes from the dense one."""
         if isinstance(self.budget, Layers):
-            return -len(_composed(work, names))
-        network = _without(work, names, self.example_inputs)
+            return -len(_composed(work, ()))
         if self.meter is not None:
-            return self.meter.ms(network, longer=3)
-        return self.budget.value(Size(count(network, self.example_inputs), 0))
+            return self.meter.ms(work, longer=3)
+        return self.budget.value(Size(count(work, self.example_inputs), 0))
 
-    def choose(self, work: nn.Module, order: Sequence[tuple[str, ...]], limit: float) -> tuple[str, ...]:
-        """Return the blocks to remove: as few of an order as it takes, less those that could stay after all.
+    def choose(
+        self, work: nn.Module, blocks: Sequence[Block], scores: Mapping[str, float], limit: float
+    ) -> tuple[str, ...]:
+        """Return the blocks to remove: as few of the order as it takes, less those that could stay after all.
 
         Args:
             work: The network now.
-            order: The blocks that have left after 0, 1, 2, ... removals.
+            blocks: Those that may leave.
+            scores: Their importance by name.
             limit: What the value may be.
 
         Raises:
-            BudgetError: Not even the whole order is enough.
+            BudgetError: Not even all of them are enough.
         """
-        gone = list(order[self._fewest(work, order, limit)])
-        for name in reversed(gone[:-1]):  # without the last one the search would have stopped earlier
+        order, removal = removal_sets(blocks, scores), possible_removal(work, blocks, self.example_inputs)
+        self.check(work, order, removal)
+        enough = order[self._fewest(work, order, removal, limit)]
+        gone = list(enough)
+        for name in reversed(enough[:-1]):  # without the last one the search would have stopped earlier
             rest = [other for other in gone if other != name]
-            if self.value(work, rest) <= limit:
+            if self._without(work, rest, removal) <= limit:
                 gone = rest
-        return tuple(gone)
+        misled = (  # by one of many short measurements
+            self.meter is not None
+            and gone != list(enough)
+            and self.meter.ms(_without(work, removal(gone)), longer=6) > limit * (1 + TOLERANCE)
+        )
+        return enough if misled else tuple(gone)
 
-    def check(self, work: nn.Module, order: Sequence[tuple[str, ...]], limit: float) -> None:
-        """Refuse a limit that is out of reach.
+    def check(
+        self, work: nn.Module, order: Sequence[tuple[str, ...]], removal: Callable[[Iterable[str]], Removal]
+    ) -> None:
+        """Refuse a budget that is out of reach.
 
         Raises:
             BudgetError: Not even the whole order is enough; the text says what is.
         """
-        if isinstance(self.budget, Layers):
+        if self.meter is not None:
+            self.meter.check(_without(work, removal(order[-1])))
+        elif isinstance(self.budget, Layers):
             most = max(len(_composed(work, names)) for names in order)
-            if -most > limit:
+            if -most > self.limit:
                 raise BudgetError(
                     f"{self.budget}: only {most} blocks can leave. Ask for fewer. The model is unchanged."
                 )
-            return
-        least = self.value(work, order[-1])
-        if least > limit * (1 + TOLERANCE if self.meter else 1):
-            unit = " ms a pass" if self.meter else ""
+        elif (least := self._without(work, order[-1], removal)) > self.limit:
             raise BudgetError(
-                f"{self.budget} allows {limit:,.5g}{unit}, but without all {len(order[-1])} blocks that can leave "
-                f"{least:,.5g} remain. Ask for more, or prune channels too. The model is unchanged."
+                f"{self.budget} allows {self.limit:,.0f}, but without all {len(order[-1])} blocks that can leave "
+                f"{least:,.0f} remain. Ask for more, or prune channels too. The model is unchanged."
             )
 
-    def _fewest(self, work: nn.Module, order: Sequence[tuple[str, ...]], limit: float) -> int:
+    def _without(self, work: nn.Module, names: Sequence[str], removal: Callable[[Iterable[str]], Removal]) -> float:
+        if isinstance(self.budget, Layers):
+            return -len(_composed(work, names))
+        return self.value(_without(work, removal(names)))
+
+    def _fewest(
+        self,
+        work: nn.Module,
+        order: Sequence[tuple[str, ...]],
+        removal: Callable[[Iterable[str]], Removal],
+        limit: float,
+    ) -> int:
         if self.meter is not None:
-            return self.meter.fewest(len(order) - 1, lambda i: _without(work, order[i], self.example_inputs), limit)
-        self.check(work, order, limit)
+            return self.meter.fewest(len(order) - 1, lambda i: _without(work, removal(order[i])), limit)
         if isinstance(self.budget, Layers):  # counts fall again where a block takes its branches along
-            return next(i for i, names in enumerate(order) if self.value(work, names) <= limit)
-        return bisect.bisect_left(range(len(order)), True, key=lambda i: self.value(work, order[i]) <= limit)
-
-
-def removal_sets(blocks: Sequence[Block], scores: Mapping[str, float]) -> list[tuple[str, ...]]:
-    """Return the blocks that have left after 0, 1, 2, ... removals in the order of their scores.
-
-    A block inside one that has left is passed over; one that leaves takes those inside along.
-    """
-    by_name = {block.name: block for block in blocks}
-    sets: list[tuple[str, ...]] = [()]
-    for name in removal_order(scores):
-        block, gone = by_name[name], sets[-1]
-        if not any(_inside(block, by_name[other]) for other in gone):
-            sets.append((*(other for other in gone if not _inside(by_name[other], block)), name))
-    return sets
-
-
-def _inside(block: Block, other: Block) -> bool:
-    return block is not other and all(other.holds(member) for member in block.members)
-
-
-def _overlap(block: str, other: str) -> bool:
-    """Tell whether two blocks are the same or one lies inside the other, by their names."""
-    pairs = [(a, b) for a in ends_of(block) for b in ends_of(other)]
-    return any(a == b or a.startswith(f"{b}.") or b.startswith(f"{a}.") for a, b in pairs)
-
-
-def _check_keep(model: nn.Module, example_inputs: Any, keep: Sequence[str]) -> None:
-    known = [block.name for block in find_blocks(model, example_inputs).blocks] if keep else []
-    for name in keep:
-        if name not in known:
-            raise PlanError(f"keep: {name!r} is none of the network's blocks: {', '.join(known)}.")
+            return next(i for i, names in enumerate(order) if self._without(work, names, removal) <= limit)
+        met = bisect.bisect_left(order, True, key=lambda names: self._without(work, names, removal) <= limit)
+        return min(met, len(order) - 1)
 
 
 def _composed(work: nn.Module, names: Sequence[str]) -> tuple[str, ...]:
@@ -332,14 +271,8 @@ def _composed(work: nn.Module, names: Sequence[str]) -> tuple[str, ...]:
     return (later if earlier is None else earlier.then(later)).removed_blocks
 
 
-def _without(work: nn.Module, names: Sequence[str], example_inputs: Any) -> nn.Module:
+def _without(work: nn.Module, removal: Removal) -> nn.Module:
     """Return a copy of a network without some blocks, not proven: to count and to time."""
     network = copy.deepcopy(work)
-    if names:
-        find_removal(work, names, example_inputs).perform(network)
+    removal.perform(network)
     return network
-
-
-def _dense_names(work: nn.Module) -> Renumbering:
-    plan = getattr(work, "pruning_plan", None)
-    return Renumbering(()) if plan is None else Renumbering(plan.removed_blocks, plan.shells)

@@ -84,8 +84,14 @@ class MarginalCost:
     ) -> None:
         layers = sorted({piece.tensor.rpartition(".")[0] for group in groups for piece in group.slices})
         alone = [Block(path, "unit", (path,), ()) for path in layers if path]
+        dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
         found = block_latencies(
-            model, example_inputs, [*alone, *blocks], batch_size=budget.batch_size, device=budget.device
+            model,
+            example_inputs,
+            [*alone, *blocks],
+            batch_size=budget.batch_size,
+            device=budget.device,
+            dtype=dtype,
         )
         self.blocks = {block.name: found[block.name].median_ms for block in blocks}
         share = shares(model, groups, {block.name: found[block.name].median_ms for block in alone})

@@ -270,7 +270,8 @@ class PruningPlan:
                     f"{100 * (group.total - len(group.kept)) / cut:.1f} %",
                 )
             )
-        importance = {row["name"]: row["score"] for row in self.provenance.get("blocks", ()) if row["removed"]}
+        scored = self.provenance.get("blocks", ()) if self.removed_blocks else ()
+        importance = {row["name"]: row["score"] for row in scored if row["removed"]}
         for block in self.removed_blocks:
             rows.append((block, "removed", f"{importance[block]:.3g}" if block in importance else "", ""))
         widths = [max(len(row[i]) for row in rows) for i in range(4)]
@@ -366,3 +367,9 @@ def _group_from(entry: Mapping[str, Any]) -> GroupPlan:
         factors=None if factors is None else tuple(factors),
         score_range=None if scores is None else (_number(scores[0]), _number(scores[1])),
     )
+
+
+def dense_names(model: nn.Module) -> Renumbering:
+    """Return the way between the names of a network and those before the plan that it carries."""
+    plan = getattr(model, "pruning_plan", None)
+    return Renumbering(()) if plan is None else Renumbering(plan.removed_blocks, plan.shells)

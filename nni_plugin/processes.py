@@ -42,6 +42,15 @@ def summed(tensor: Tensor) -> Tensor:
     return shared.cpu()
 
 
+def gathered(value: T) -> list[T]:
+    """Return every process's value, in the order of ranks; anything that can be pickled, tensors on the CPU."""
+    if not several():
+        return [value]
+    values: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(values, value)
+    return values
+
+
 def pooled_mean(total: float, count: int) -> float | None:
     """Return the mean over all processes from each one's sum and number; None of nothing at all."""
     sums = summed(torch.tensor([total, count], dtype=torch.float64))

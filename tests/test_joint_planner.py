@@ -1,10 +1,12 @@
 """Channels and blocks leave together, the budget holds on the slim network, and the order is the exact one."""
 
 import copy
+import random
 from typing import Any
 
 import latency_by_macs
 import pytest
+import timm
 import torch
 import torch.nn.functional as F
 from networks_at_random import assert_same, randomise, state_of
@@ -27,11 +29,11 @@ from nni_plugin.budgets import Size
 from nni_plugin.cost import Cost
 from nni_plugin.criteria import quadratic
 from nni_plugin.criteria.ablation import cross_entropy
-from nni_plugin.errors import BudgetError, CriterionError
+from nni_plugin.errors import BudgetError, CriterionError, GraphError, ScheduleError
 from nni_plugin.layers import removable_blocks
 from nni_plugin.layers.latency import BlockLatency
 from nni_plugin.marginal_cost import MarginalCost, shares
-from nni_plugin.networks import resnet20
+from nni_plugin.networks import resnet20, vgg19_bn
 
 X = torch.randn(2, 3, 16, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 
@@ -209,13 +211,71 @@ class TestMarginalCost:
         assert all(0 < value < 10 for value in cost.channels.values())
 
 
+def test_blocks_to_ignore_stay() -> None:
+    kept = ("layer1.0", "layer2.1.conv1")
+    plan = planned(resnet(), batches(), MACs(0.4), ignore=kept)
+    assert not {"layer1.0", "layer2.1"} & set(plan.removed_blocks)
+    assert "layer2.1.conv1" not in plan.kept()
+
+
+def test_rows_of_channels_and_blocks_are_of_the_same_samples() -> None:
+    """Minibatches that come in another order each time: a pass of its own for each kind of gate would mix them up."""
+
+    class Shuffled:
+        def __init__(self) -> None:
+            self.draw = random.Random(0)
+
+        def __iter__(self) -> Any:
+            given = batches(6)
+            self.draw.shuffle(given)
+            return iter(given)
+
+    model = resnet()
+    plan = planned(model, Shuffled(), MACs(0.6), damping=0.1)
+    same = planned(model, batches(6), MACs(0.6), damping=0.1)
+    assert plan.removed_blocks == same.removed_blocks
+    assert plan.kept() == same.kept()
+    assert plan.predicted_loss_change == pytest.approx(same.predicted_loss_change, rel=1e-9)
+
+
+class TestOtherNetworks:
+    def vit(self) -> nn.Module:
+        torch.manual_seed(0)
+        options: dict[str, Any] = {"img_size": 16, "patch_size": 8, "embed_dim": 16, "num_heads": 2, "num_classes": 10}
+        return timm.create_model("vit_tiny_patch16_224", depth=3, **options).double().eval()
+
+    @pytest.mark.parametrize(("ratio", "candidates"), [(0.6, "outermost"), (0.3, "all"), (0.5, "innermost")])
+    def test_transformer(self, ratio: float, candidates: Any) -> None:
+        plan = planned(self.vit(), batches(), MACs(ratio), steps=3, cost_powers=(1.0, 0.0), candidates=candidates)
+        removed = plan.removed_blocks
+        assert not any(a != b and a.startswith(f"{b}.") for a in removed for b in removed)
+        slim = plan.apply(self.vit(), X)
+        assert count(slim, X) == plan.cost_after
+        assert slim(X).shape == (2, 10)
+
+    def test_units_of_a_plain_network_stay(self) -> None:
+        model = randomise(vgg19_bn(width_mult=0.125))
+        x = torch.randn(2, 3, 32, 32, dtype=torch.float64)
+        data = [(torch.randn(10, 3, 32, 32, dtype=torch.float64), torch.arange(10))]
+        plan = plan_jointly(model, x, data, cross_entropy, MACs(0.3), steps=3, cost_powers=[1.0])
+        assert not plan.removed_blocks
+        assert plan.channels_removed
+
+
 @pytest.mark.parametrize(
     ("error", "match", "arguments"),
     [
         (BudgetError, "both leave", {"budget": Channels(0.5)}),
         (BudgetError, "both leave", {"budget": Layers(1)}),
         (BudgetError, "remain", {"budget": MACs(0.001)}),
+        (BudgetError, "both leave", {"budget": 0.5}),
         (CriterionError, "batch", {"batches": []}),
+        (CriterionError, "loss is nan", {"batches": [(X * float("nan"), torch.tensor([0, 1]))]}),
+        (CriterionError, "damping", {"damping": -1.0}),
+        (BudgetError, "cost_powers", {"cost_powers": ["x"]}),
+        (BudgetError, "cost_powers", {"cost_powers": []}),
+        (ScheduleError, "steps", {"steps": 0}),
+        (GraphError, "'layer9'", {"ignore": ["layer9"]}),
     ],
 )
 def test_bad_input(error: type[Exception], match: str, arguments: dict[str, Any]) -> None:
@@ -223,5 +283,5 @@ def test_bad_input(error: type[Exception], match: str, arguments: dict[str, Any]
     before = state_of(model)
     given = {"batches": batches(1), "budget": MACs(0.5), **arguments}
     with pytest.raises(error, match=match):
-        planned(model, given["batches"], given["budget"])
+        planned(model, given.pop("batches"), given.pop("budget"), **given)
     assert_same(model, before)

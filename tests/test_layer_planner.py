@@ -14,10 +14,10 @@ from torch import Tensor, nn
 
 from nni_plugin import Channels, Gradual, Iterative, Latency, Layers, MACs, Params, PruningPlan, count, plan_layers
 from nni_plugin.criteria import Magnitude
-from nni_plugin.errors import BudgetError, DataError, GraphError, PlanError, ScheduleError
-from nni_plugin.layer_planner import candidate_blocks, removal_sets
+from nni_plugin.errors import BudgetError, CriterionError, DataError, GraphError, PlanError, ScheduleError
 from nni_plugin.layers import BlockGate, Imprinting, LayerEnsemble, LayerImportance, LayerStatistic
 from nni_plugin.layers.blocks import Block
+from nni_plugin.layers.candidates import candidate_blocks, removal_sets
 from nni_plugin.networks import resnet20, vgg19_bn
 
 X = torch.randn(2, 3, 16, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
@@ -168,6 +168,35 @@ def test_what_must_stay_stays_in_every_step() -> None:
     assert not {"layer1.2", "layer1.0"} & set(plan.removed_blocks)
 
 
+def test_more_steps_than_blocks() -> None:
+    importance = Given({"layer1.1": 0.0})
+    plan = plan_layers(resnet(), X, importance, [], Layers(7), schedule=Gradual(10))
+    assert len(plan.removed_blocks) == 7
+    assert len(importance.asked) == 7
+
+
+def test_a_module_inside_keeps_its_block_and_one_name_is_no_list() -> None:
+    plan = plan_layers(resnet(), X, ORDER, [], Layers(1), keep="layer2.1.conv1")
+    assert plan.removed_blocks == ("layer1.2",)
+
+
+def test_the_random_state_is_left_alone() -> None:
+    loader = torch.utils.data.DataLoader([(x[0], y[0]) for x, y in digits(12)], batch_size=4)  # type: ignore[arg-type]
+    model = resnet()
+    before = torch.random.get_rng_state()
+    plan_layers(model, X, BlockGate(), loader, Layers(1))
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
+def test_of_a_few_minibatches_the_last_is_held_out() -> None:
+    importance = Whiny({})
+    batches = digits(3)
+    plan_layers(resnet(), X, importance, batches, Layers(1))
+    learned, held_out = importance.seen
+    assert [id(b) for b in held_out] == [id(batches[2])]
+    assert len(learned) == 2
+
+
 def test_every_fifth_minibatch_is_held_out() -> None:
     importance = Whiny({})
     batches = digits(11)
@@ -251,11 +280,14 @@ def test_a_budget_that_is_met_already_says_so() -> None:
     [
         (BudgetError, "only 7 blocks", {"budget": Layers(8)}),
         (BudgetError, "remain", {"budget": MACs(0.01)}),
-        (BudgetError, "counts channels", {"budget": Channels(0.5)}),
+        (BudgetError, "Whole blocks leave", {"budget": Channels(0.5)}),
         (PlanError, "'layer9'", {"keep": ["layer9"]}),
         (PlanError, "candidates", {"candidates": "some"}),
         (ScheduleError, "without training", {"schedule": Iterative(1, 1)}),
-        (DataError, "none", {"importance": Imprinting(), "batches": []}),
+        (BudgetError, "Whole blocks leave", {"budget": 0.5}),
+        (CriterionError, "LayerStatistic", {"importance": Magnitude()}),
+        (GraphError, "keep fewer", {"keep": BLOCKS}),
+        (DataError, "holds 0 minibatches", {"importance": Imprinting(), "batches": []}),
         (DataError, "only once", {"importance": Imprinting(), "batches": iter(digits())}),
         (DataError, "1 of 11 classes", {"importance": Imprinting(num_classes=11), "batches": digits()}),
     ],

@@ -31,9 +31,9 @@ from nni_plugin.cost import count
 from nni_plugin.criteria.ablation import cross_entropy
 from nni_plugin.errors import CriterionError, DataError, TrainingError
 from nni_plugin.job import network_of
-from nni_plugin.layer_planner import Candidates, candidate_blocks
 from nni_plugin.layers import LayerImportance
 from nni_plugin.layers.blocks import find_blocks
+from nni_plugin.layers.candidates import Candidates, candidate_blocks
 from nni_plugin.layers.latency import BlockLatency, block_latencies
 from nni_plugin.layers.methods import create_layer_importance
 from nni_plugin.machine import describe_machine, library_versions, usable_device

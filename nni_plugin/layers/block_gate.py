@@ -16,7 +16,7 @@ Cost: a backward pass without gradients of weights, and a block's difference `y 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -36,8 +36,6 @@ def block_gate_gradients(
     blocks: Sequence[Block],
     batches: Iterable[Any],
     loss_fn: LossFn,
-    *,
-    max_samples: int | None = None,
 ) -> Tensor:
     """Return the gradient of every sample's loss with respect to a gate on each block.
 
@@ -46,7 +44,6 @@ def block_gate_gradients(
         blocks: The blocks to put gates on; those nested in each other too, each gate as if it were alone.
         batches: Minibatches, gone through once.
         loss_fn: `loss_fn(model, batch)` -> a finite scalar, the mean over the samples of the minibatch.
-        max_samples: Once there are so many rows, further minibatches are not looked at.
 
     Returns:
         `dE_n/dz_b`, float64 on the CPU, shape `[samples, blocks]`, the samples of this process.
@@ -56,15 +53,13 @@ def block_gate_gradients(
         DataError: There is no minibatch.
     """
     rows = []
-    with eval_mode(model), torch.enable_grad(), _Gates(model, blocks) as gates:
+    with eval_mode(model), torch.enable_grad(), BlockGates(model, blocks) as gates:
         for batch in counted(batches, "to score with"):
             loss = loss_fn(model, batch)
             if not isinstance(loss, Tensor) or loss.dim() != 0 or not loss.requires_grad:
                 raise CriterionError(f"loss_fn must return a scalar tensor that depends on the network, got {loss}.")
             rows.append(gates.gradients(loss))
-            if max_samples is not None and sum(map(len, rows)) >= max_samples:
-                break
-    return torch.cat(rows)[:max_samples]
+    return torch.cat(rows)
 
 
 class BlockGate(LayerImportance):
@@ -104,14 +99,19 @@ class BlockGate(LayerImportance):
         return {block.name: score for block, score in zip(blocks, scores, strict=True)}
 
 
-class _Gates:
-    """Puts a gate of one on each block, sample by sample; a context manager that leaves nothing behind."""
+class BlockGates:
+    """Puts a gate of one on each block, sample by sample; a context manager that leaves nothing behind.
+
+    Args:
+        model: The network.
+        blocks: The blocks.
+    """
 
     def __init__(self, model: nn.Module, blocks: Sequence[Block]) -> None:
         self.model, self.blocks = model, blocks
         self._stack = ExitStack()
 
-    def __enter__(self) -> _Gates:
+    def __enter__(self) -> BlockGates:
         self._forget()
         hooks: list[Any] = [self.model.register_forward_pre_hook(self._count, with_kwargs=True)]
         for i, block in enumerate(self.blocks):
@@ -127,15 +127,23 @@ class _Gates:
         self._stack.close()
 
     def gradients(self, loss: Tensor) -> Tensor:
-        """Return the gradients of every sample, `[N, blocks]`, of the forward pass just made."""
+        """Return the gradients of every sample, `[N, blocks]`, of the forward pass just made; no `.grad` changes."""
+        return self._rows(lambda gates: torch.autograd.grad(loss, gates, allow_unused=True))
+
+    def after_backward(self) -> Tensor:
+        """Return the same after `loss.backward()`."""
+        return self._rows(lambda gates: [gate.grad for gate in gates])
+
+    def _rows(self, read: Callable[[list[Tensor]], Sequence[Tensor | None]]) -> Tensor:
         missed = [block.name for i, block in enumerate(self.blocks) if i not in self._gates]
         if missed:
             raise CriterionError(f"Block {missed[0]!r} did not run in the forward pass; leave it out of the blocks.")
-        found = torch.autograd.grad(loss, [self._gates[i] for i in range(len(self.blocks))], allow_unused=True)
+        found = read([self._gates[i] for i in range(len(self.blocks))])
         unused = [block.name for block, gradient in zip(self.blocks, found, strict=True) if gradient is None]
         if unused:
             raise CriterionError(f"The loss does not depend on block {unused[0]!r}; leave it out of the blocks.")
-        rows = torch.stack([gradient.double().cpu() for gradient in found], dim=1) * self._samples
+        rows = torch.stack([gradient.double().cpu() for gradient in found if gradient is not None], dim=1)
+        rows = rows * self._samples
         self._forget()
         return rows
 

@@ -76,6 +76,12 @@ class Removal:
             stack.callback(features())
             return stack.pop_all().close
 
+    def only(self, names: Iterable[str]) -> Removal:
+        """Return how some of the blocks leave; how their containers shrink was found out for all of them together."""
+        wanted = set(names)
+        blocks = tuple(block for block in self.blocks if block.name in wanted)
+        return Removal(blocks, tuple(name for name in self.shells if name in wanted), self.records)
+
     @contextmanager
     def held(self, model: nn.Module) -> Iterator[None]:
         """Let the blocks of a whole network do nothing for a while: their layers give zero, a unit gives its input."""
