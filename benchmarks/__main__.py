@@ -21,7 +21,9 @@ from nni_plugin.benchmarks import (
     correlations,
     fashion_mnist,
     joint_removal,
+    layerprune,
     nni_drop_in,
+    nppm,
     obs_scale,
     oracle_speed,
     resnet20_table4,
@@ -29,6 +31,7 @@ from nni_plugin.benchmarks import (
     schedules_fig6,
     scoring_memory,
     scoring_overhead,
+    width_and_depth,
 )
 from nni_plugin.errors import NNIPluginError
 from nni_plugin.machine import describe_machine
@@ -41,10 +44,13 @@ BENCHMARKS: dict[str, ModuleType] = {
     "schedules_fig6": schedules_fig6,
     "correlations": correlations,
     "joint_removal": joint_removal,
+    "layerprune": layerprune,
     "oracle_speed": oracle_speed,
     "obs_scale": obs_scale,
     "scoring_memory": scoring_memory,
     "nni_drop_in": nni_drop_in,
+    "nppm": nppm,
+    "width_and_depth": width_and_depth,
 }
 """Each has `run(**options)`, whose typed arguments are its options, and may have `render(result)` for a page of
 Markdown and `plot(result, path)` for its figure."""

@@ -9,6 +9,7 @@ from nni_plugin.cost import Cost, count
 from nni_plugin.errors import NNIPluginError
 from nni_plugin.joint_planner import plan_jointly
 from nni_plugin.layer_planner import plan_layers
+from nni_plugin.performance import plan_performance
 from nni_plugin.plan import GroupPlan, ModelIdentity, PruningPlan
 from nni_plugin.planner import plan_channels
 from nni_plugin.reconstruction import reconstruct
@@ -37,6 +38,7 @@ __all__ = [
     "plan_channels",
     "plan_jointly",
     "plan_layers",
+    "plan_performance",
     "reconstruct",
     "reestimate_batchnorm",
     "save_pretrained",

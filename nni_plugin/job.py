@@ -19,7 +19,7 @@ from nni_plugin.budgets import Budget
 from nni_plugin.channel_pruner import Selection
 from nni_plugin.cost import count
 from nni_plugin.errors import ModelError, TrainingError
-from nni_plugin.layer_planner import Candidates
+from nni_plugin.layers.candidates import Candidates
 from nni_plugin.schedules import Continuous, Iterative, OneShot, Schedule
 
 
@@ -44,14 +44,18 @@ class Job:
         prune_every: Minibatches between steps; None: twenty steps or more in that half, at most 30 minibatches apart.
         loss_threshold: Largest mean training loss at which a continuous schedule prunes.
         score_batches: Minibatches that a one-shot schedule scores on; None takes all training data once (for `obs`,
-            which keeps a row for every image, about 2,000 images).
+            which keeps a row for every image, about 2,000 images). A search over gates takes a tenth, five at least,
+            and holds a fifth of these out to choose on.
         score_steps: Steps in which a one-shot schedule goes to the budget, each on fresh scores without training
             between; None: 10 for a method that compensates (`obs`), 1 for the others.
+        search_steps: Minibatches of a search over gates (`nppm`, `differentiable-gates`, `nppm-linear`); None: 4,000.
+        search_kwargs: Its further options, see `performance.SearchOptions`.
         round_to: Widths become multiples of this.
         min_channels: No group gets narrower.
         ignore: Layers to leave whole, by name; of a method for layers the blocks that must stay.
         candidates: Of blocks inside blocks a method for layers removes the `"outermost"`, the `"innermost"` or `"all"`.
-        select: Which groups may be pruned: `"all"`, `"skip-only"` or `"no-skip"`.
+        select: Which groups may be pruned: `"all"`, `"skip-only"` or `"no-skip"`; None: all, but `"no-skip"` for a
+            search over gates.
         cost_aware: Rank by loss per unit of what the budget counts; None: as the method wants it.
         divide_by_blocks: Divide the score of a residual group by the number of blocks that share its gate.
         stages: Fraction of channels to keep by stage (a prefix of layer names): removed fractions are in this
@@ -83,11 +87,13 @@ class Job:
     loss_threshold: float = 1.04
     score_batches: int | None = None
     score_steps: int | None = None
+    search_steps: int | None = None
+    search_kwargs: Mapping[str, Any] = field(default_factory=dict)
     round_to: int = 1
     min_channels: int = 1
     ignore: tuple[str, ...] = ()
     candidates: Candidates = "outermost"
-    select: Selection = "all"
+    select: Selection | None = None
     cost_aware: bool | None = None
     divide_by_blocks: bool = False
     stages: Mapping[str, float] = field(default_factory=dict)

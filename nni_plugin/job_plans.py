@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from nni_plugin.budgets import Channels, Layers
 from nni_plugin.channel_pruner import ChannelPruner
 from nni_plugin.criteria.ablation import cross_entropy
-from nni_plugin.errors import BudgetError, CriterionError, ScheduleError
+from nni_plugin.errors import BudgetError, CriterionError, ScheduleError, SearchError
 from nni_plugin.job import Job
-from nni_plugin.joint_planner import plan_jointly
+from nni_plugin.joint_planner import check_jointly, plan_jointly
 from nni_plugin.layer_planner import check_reachable, plan_layers
 from nni_plugin.layers import LayerImportance
 from nni_plugin.layers.methods import LAYER_METHODS, create_layer_importance
@@ -27,9 +27,13 @@ from nni_plugin.methods import create_criterion, known_methods
 from nni_plugin.plan import PruningPlan
 from nni_plugin.planner import run_without_training, unchanged
 from nni_plugin.schedules import Gradual, OneShot
+from nni_plugin.search_plans import SEARCHES, GateSearch, check_search, plan_by_search
 
 _OF_CHANNELS = ("round_to", "min_channels", "select", "cost_aware", "divide_by_blocks", "stages")
-_DEFAULTS = {name: getattr(Job(model="", output=Path(), budget=Layers(1)), name) for name in _OF_CHANNELS}
+_OF_SEARCHES = ("search_steps", "search_kwargs")
+_NOT_OF_SEARCHES = ("cost_aware", "divide_by_blocks", "stages", "score_steps")
+_NAMED = {*_OF_CHANNELS, *_OF_SEARCHES, *_NOT_OF_SEARCHES}
+_DEFAULTS = {name: getattr(Job(model="", output=Path(), budget=Layers(1)), name) for name in _NAMED}
 
 
 JOINT = "obs-joint"
@@ -53,18 +57,20 @@ class Planned:
 
 
 def method_of(job: Job) -> Any:
-    """Return what a job's method stands for: a criterion for channels, an importance of layers, or gates on both.
+    """Return what a job's method stands for: a criterion for channels, an importance of layers, or a way with gates.
 
     Raises:
         CriterionError: There is no such method.
     """
     if job.method == JOINT:
         return JointGates()
+    if job.method in SEARCHES:
+        return GateSearch(SEARCHES[job.method])
     if job.method in LAYER_METHODS:
         return create_layer_importance(job.method, job.seed)
     known = known_methods()
     if job.method not in known:
-        names = [*known, *LAYER_METHODS, JOINT]
+        names = [*known, *LAYER_METHODS, JOINT, *SEARCHES]
         close = difflib.get_close_matches(job.method, names, n=3) or sorted(names)
         raise CriterionError(f"Unknown method {job.method!r}; did you mean {', '.join(close)}?")
     return create_criterion(job.method, job.seed)
@@ -83,7 +89,7 @@ def pruner_of(
         round_to=job.round_to,
         min_channels=job.min_channels,
         ignore=job.ignore,
-        select=job.select,
+        select=job.select or "all",
         cost_aware=job.cost_aware,
         divide_by_blocks=job.divide_by_blocks,
         stages=job.stages,
@@ -96,17 +102,36 @@ def check_job(job: Job, method: Any, model: nn.Module, examples: Tensor) -> None
 
     Raises:
         BudgetError: The budget is of another kind than the method, is out of reach, or is met already.
+        DataError: A search is given a single minibatch.
+        GraphError: Nothing in the network can have gates to be searched.
+        ScheduleError: The method prunes before training, and the schedule is another.
+        SearchError: An option of a search makes no sense, or the method is no search.
     """
+    if isinstance(method, GateSearch):
+        check_search(job, method, model, examples, [name for name in _NOT_OF_SEARCHES if _asked(job, name)])
+        return
+    for name in _OF_SEARCHES:
+        if _asked(job, name):
+            raise SearchError(f"--{name.replace('_', '-')} is for searches over gates: {', '.join(SEARCHES)}.")
     if isinstance(method, LayerImportance):
         if isinstance(job.budget, Channels):
             raise BudgetError(f"{job.method} removes whole layers: give --layers, --latency, --macs or --params.")
         _refuse_in_vain(job, _OF_CHANNELS)
-        check_reachable(model, examples, job.budget, job.candidates)
+        check_reachable(model, examples, job.budget, job.candidates, job.ignore)
         return
     if isinstance(method, JointGates):
         if isinstance(job.budget, (Channels, Layers)):
             raise BudgetError(f"{job.method} removes channels and layers: give --latency, --macs or --params.")
         _refuse_in_vain(job, ("select", "cost_aware", "divide_by_blocks", "stages"))
+        check_jointly(
+            model,
+            examples,
+            job.budget,
+            candidates=job.candidates,
+            ignore=job.ignore,
+            min_channels=job.min_channels,
+            round_to=job.round_to,
+        )
         return
     if isinstance(job.budget, Layers):
         raise BudgetError(f"{job.method} removes channels: give --macs, --params, --channels or --latency.")
@@ -123,11 +148,17 @@ def _refuse_in_vain(job: Job, names: Sequence[str]) -> None:
     if job.schedule != "one-shot":
         raise ScheduleError(f"{job.method} prunes before training: give --schedule one-shot (and --score-steps).")
     for name in names:
-        if getattr(job, name) != _DEFAULTS[name]:
+        if _asked(job, name):
             raise BudgetError(f"{job.method} does not look at --{name.replace('_', '-')}, which is for channels alone.")
 
 
-def make_plan(job: Job, method: Any, model: nn.Module, examples: Tensor, batches: Iterable[Any]) -> Planned:
+def _asked(job: Job, name: str) -> bool:
+    return bool(getattr(job, name) != _DEFAULTS[name])
+
+
+def make_plan(
+    job: Job, method: Any, model: nn.Module, examples: Tensor, batches: Iterable[Any], state: Path | None = None
+) -> Planned:
     """Choose what to remove.
 
     Args:
@@ -135,7 +166,8 @@ def make_plan(job: Job, method: Any, model: nn.Module, examples: Tensor, batches
         method: See :func:`method_of`.
         model: Left as it was.
         examples: Inputs to trace it with.
-        batches: Minibatches to score on.
+        batches: Minibatches to score on; for a search with a length.
+        state: File of a search's state, see :func:`nni_plugin.search_plans.plan_by_search`; others need none.
 
     Raises:
         NNIPluginError: Anything the user can mend.
@@ -168,6 +200,9 @@ def make_plan(job: Job, method: Any, model: nn.Module, examples: Tensor, batches
             round_to=job.round_to,
         )
         return Planned(plan, {"score": time.perf_counter() - begun, "plan": 0.0})
+    if isinstance(method, GateSearch):
+        plan, seconds = plan_by_search(job, method, model, examples, batches, state)
+        return Planned(plan, {"score": seconds, "plan": 0.0})
     with unchanged(model):
         model.eval()
         pruner = pruner_of(job, model, examples, method, "never")

@@ -172,7 +172,8 @@ class _Run:
             stored = json.loads(file.read_text())
             return Planned(PruningPlan.from_json(stored["plan"]), stored["seconds"])
         torch.manual_seed(self.job.seed)  # a resumed run has not drawn the random numbers of the training before
-        planned = make_plan(self.job, self.method, self.model, self.examples, self._score_batches())
+        search = self.places.state / "search.pt"
+        planned = make_plan(self.job, self.method, self.model, self.examples, self._score_batches(), search)
         write_file(file, json.dumps({"plan": planned.plan.to_json(), "seconds": planned.seconds}))
         return planned
 

@@ -30,7 +30,9 @@ FLOORS = (
     frozenset({"layers", "side_by_side"}),
     frozenset({"adapters"}),
     frozenset({"channel_pruner", "methods"}),
-    frozenset({"planner", "layer_planner", "checkpoint", "reconstruction", "marginal_cost", "joint_planner"}),
+    frozenset(
+        {"planner", "layer_planner", "held_out", "checkpoint", "reconstruction", "marginal_cost", "joint_planner"}
+    ),
     frozenset({"performance"}),
     frozenset({"pruners", "job", "search_plans", "job_plans", "workflow", "correlation_study", "experiment_job"}),
     frozenset({"block_study"}),

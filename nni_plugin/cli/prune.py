@@ -42,7 +42,7 @@ def add_job(parser: jsonargparse.ArgumentParser) -> None:
     add = parser.add_argument
     add_model(parser, required=True)
     add_data(parser)
-    add("--method", type=str, default="taylor-fo", help="taylor-fo, obs, magnitude, tp:taylor, imprinting, ...")
+    add("--method", type=str, default="taylor-fo", help="taylor-fo, obs, nppm, tp:taylor, imprinting, ...")
     add("--macs", type=number, help="fraction of the multiply-accumulates to keep, above 0, at most 1")
     add("--params", type=number, help="fraction of the parameters to keep")
     add("--latency", type=latency, help="fraction of the measured latency to keep (0.7), or milliseconds (3.5ms)")
@@ -61,17 +61,22 @@ def add_job(parser: jsonargparse.ArgumentParser) -> None:
     add(
         "--score-batches",
         type=above(1),
-        help="minibatches that one-shot scores on (all training data; obs: 2,000 images)",
+        help="minibatches that one-shot scores on (all training data; obs: 2,000 images; nppm and its kin: a tenth)",
     )
     add("--score-steps", type=above(1), help="steps of one-shot, each on fresh scores (obs: 10, others: 1)")
+    add(
+        "--search-steps",
+        type=above(1),
+        help="minibatches of a search over gates: nppm, differentiable-gates, nppm-linear (4000)",
+    )
+    add("--search-kwargs", type=dict, default={}, help="its further options (SearchOptions), e.g. '{\"noise\": 3.0}'")
     add("--reconstruct", type=optional_bool, help="after one-shot, solve weights anew by least squares (obs: true)")
     add("--bn-reestimate", dest="reestimate", action="store_true", help="new BN statistics after one-shot pruning")
     add(
         "--select",
         type=str,
         choices=("all", "skip-only", "no-skip"),
-        default="all",
-        help="layers to prune: all, those that residual additions couple, or the others",
+        help="layers to prune: all, those that residual additions couple, or the others (all; nppm: no-skip)",
     )
     add(
         "--cost-aware", type=optional_bool, help="rank by loss per unit of the budget: true or false (as the method is)"

@@ -24,6 +24,7 @@ from nni_plugin.pruners.methods import (
     TaylorFOPruner,
     TaylorSOPruner,
 )
+from nni_plugin.pruners.performance import PerformanceMaximizationPruner
 from nni_plugin.pruners.speedup import ModelSpeedup
 
 __all__ = [
@@ -41,6 +42,7 @@ __all__ = [
     "OBDPruner",
     "OBSPruner",
     "OraclePruner",
+    "PerformanceMaximizationPruner",
     "RandomPruner",
     "TaylorFGPruner",
     "TaylorFOPruner",
