@@ -12,8 +12,10 @@ import torch
 
 from nni_plugin.adapters.training import TrainingConfig
 from nni_plugin.benchmarks import __main__ as command_line
-from nni_plugin.benchmarks import layerprune, layerprune_study, layerprune_tables
-from nni_plugin.benchmarks.layerprune_presets import FULL, Numbers, numbers_of
+from nni_plugin.benchmarks import layerprune
+from nni_plugin.benchmarks.layerprune import study as layerprune_study
+from nni_plugin.benchmarks.layerprune import tables as layerprune_tables
+from nni_plugin.benchmarks.layerprune.presets import FULL, Numbers, numbers_of
 from nni_plugin.benchmarks.presets import DENSE, reductions
 from nni_plugin.cost import count
 from nni_plugin.errors import CriterionError, DataError, OutputError

@@ -8,8 +8,10 @@ import pytest
 import torch
 
 from nni_plugin.adapters.training import TrainingConfig
-from nni_plugin.benchmarks import nppm, nppm_p, nppm_study
-from nni_plugin.benchmarks.nppm_presets import FULL, Numbers, numbers_of, reduced
+from nni_plugin.benchmarks import nppm
+from nni_plugin.benchmarks.nppm import study as nppm_study
+from nni_plugin.benchmarks.nppm import table1 as nppm_p
+from nni_plugin.benchmarks.nppm.presets import FULL, Numbers, numbers_of, reduced
 from nni_plugin.benchmarks.presets import DENSE
 from nni_plugin.errors import CriterionError, DataError
 from nni_plugin.performance import ArchitectureLayout, PerformanceMaximization

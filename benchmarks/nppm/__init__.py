@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from nni_plugin.benchmarks.grid import Grid, paired, summary
-from nni_plugin.benchmarks.nppm_p import TABLE1, Entry, choice_of_p
-from nni_plugin.benchmarks.nppm_page import plot, render
-from nni_plugin.benchmarks.nppm_presets import numbers_of, reduced
-from nni_plugin.benchmarks.nppm_study import DENSE_ALIKE, Study, criterion_of, is_search
+from nni_plugin.benchmarks.nppm.page import plot, render
+from nni_plugin.benchmarks.nppm.presets import numbers_of, reduced
+from nni_plugin.benchmarks.nppm.study import DENSE_ALIKE, Study, criterion_of, is_search
+from nni_plugin.benchmarks.nppm.table1 import TABLE1, Entry, choice_of_p
 from nni_plugin.errors import DataError
 from nni_plugin.methods import create_criterion
 

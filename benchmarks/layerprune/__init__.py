@@ -21,11 +21,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 from nni_plugin.benchmarks.grid import summary
-from nni_plugin.benchmarks.layerprune_figure import plot
-from nni_plugin.benchmarks.layerprune_page import render
-from nni_plugin.benchmarks.layerprune_presets import FULL, numbers_of
-from nni_plugin.benchmarks.layerprune_study import NotDoneError, Study
-from nni_plugin.benchmarks.layerprune_tables import Row, control, figure1, table1, table2, table3, table5
+from nni_plugin.benchmarks.layerprune.figure import plot
+from nni_plugin.benchmarks.layerprune.page import render
+from nni_plugin.benchmarks.layerprune.presets import FULL, numbers_of
+from nni_plugin.benchmarks.layerprune.study import NotDoneError, Study
+from nni_plugin.benchmarks.layerprune.tables import Row, control, figure1, table1, table2, table3, table5
 from nni_plugin.benchmarks.presets import reductions
 from nni_plugin.errors import DataError
 from nni_plugin.layers.methods import create_layer_importance

@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import nn
 
-from nni_plugin.benchmarks.layerprune_study import Study
+from nni_plugin.benchmarks.layerprune.study import Study
 from nni_plugin.benchmarks.resnet20_table4 import all_but_first_layers
 from nni_plugin.budgets import Channels, Latency, Layers
 from nni_plugin.checkpoint import from_pretrained, save_pretrained

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from nni_plugin.adapters.training import evaluate
 from nni_plugin.adapters.training.checkpoint import read_checkpoint, write_checkpoint
 from nni_plugin.benchmarks.experiment import Experiment
-from nni_plugin.benchmarks.nppm_presets import Numbers
+from nni_plugin.benchmarks.nppm.presets import Numbers
 from nni_plugin.budgets import MACs
 from nni_plugin.cost import count
 from nni_plugin.criteria.ablation import cross_entropy

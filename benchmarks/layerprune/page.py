@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from nni_plugin.benchmarks.grid import interval, mean_and_sd
-from nni_plugin.benchmarks.layerprune_figure import Cell, is_of_layers
+from nni_plugin.benchmarks.layerprune.figure import Cell, is_of_layers
 
 PAPER_T1 = {
     "CIFAR-100": {

@@ -22,7 +22,7 @@ from nni_plugin.adapters.training import evaluate
 from nni_plugin.benchmarks.experiment import Experiment
 from nni_plugin.benchmarks.grid import Grid
 from nni_plugin.benchmarks.joint_removal import first
-from nni_plugin.benchmarks.layerprune_presets import Numbers
+from nni_plugin.benchmarks.layerprune.presets import Numbers
 from nni_plugin.budgets import Budget
 from nni_plugin.compensation import reestimate_batchnorm
 from nni_plugin.cost import count
