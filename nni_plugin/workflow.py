@@ -28,7 +28,7 @@ from nni_plugin.checkpoint import save_pretrained
 from nni_plugin.compensation import reestimate_batchnorm
 from nni_plugin.cost import count
 from nni_plugin.criteria.ablation import cross_entropy
-from nni_plugin.errors import SurgeryError, TrainingError
+from nni_plugin.errors import OutputError, PlanError, SurgeryError, TrainingError
 from nni_plugin.job import Job, network_of, schedule_of
 from nni_plugin.job_plans import Planned, check_job, make_plan, method_of, pruner_of
 from nni_plugin.latency import measure_pair
@@ -169,8 +169,11 @@ class _Run:
         """Return the plan: the one that the interrupted run had, for a time measured anew would give another."""
         file = self.places.state / "planned.json"
         if self.resume and file.is_file():
-            stored = json.loads(file.read_text())
-            return Planned(PruningPlan.from_json(stored["plan"]), stored["seconds"])
+            try:
+                stored = json.loads(file.read_text())
+                return Planned(PruningPlan.from_json(stored["plan"]), dict(stored["seconds"]))
+            except (ValueError, KeyError, TypeError, PlanError) as error:
+                raise OutputError(f"{str(file)!r} is damaged ({error}); run again without --resume.") from error
         torch.manual_seed(self.job.seed)  # a resumed run has not drawn the random numbers of the training before
         search = self.places.state / "search.pt"
         planned = make_plan(self.job, self.method, self.model, self.examples, self._score_batches(), search)

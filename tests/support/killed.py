@@ -6,6 +6,7 @@ import signal
 import sys
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
+from typing import Any
 
 MODULES = ["nni_plugin.cli", "nni_plugin.workflow", "accelerate", "sklearn.datasets", "matplotlib.figure"]
 
@@ -57,6 +58,7 @@ def _child(arguments: list[str], log: str, moment: tuple[str, int] | None, numbe
 def _arm(event: str, count: int, number: int) -> None:
     from torch.optim.optimizer import register_optimizer_step_post_hook
 
+    from nni_plugin import workflow
     from nni_plugin.channel_pruner import ChannelPruner
 
     left = count
@@ -70,13 +72,18 @@ def _arm(event: str, count: int, number: int) -> None:
     if event == "step":
         register_optimizer_step_post_hook(happened)
     elif event == "cut":
-        cut = ChannelPruner.cut
+        cut, apply_plan = ChannelPruner.cut, workflow.apply_plan
 
         def counted(pruner: ChannelPruner) -> None:
             cut(pruner)
             happened()
 
+        def applied(*args: Any, **kwargs: Any) -> Any:
+            apply_plan(*args, **kwargs)
+            happened()
+
         ChannelPruner.cut = counted
+        workflow.apply_plan = applied
     elif event == "checkpoint":
         sync = os.fsync
 
