@@ -98,7 +98,7 @@ def plan_jointly(
     """
     _check_settings(budget, steps, damping, cost_powers)
     example_inputs = on_device_of(model, example_inputs)
-    limits = _Limits(candidates, tuple(ignore), min_channels, round_to)
+    limits = _Limits.of(model, candidates, ignore, min_channels, round_to)
     with torch.enable_grad(), torch.random.fork_rng(devices=[]):  # a loader may draw when it is gone through
         goal = _Goal(budget, model, example_inputs)
         goal.check(model, limits)
@@ -157,7 +157,7 @@ def check_jointly(
     goal = _Goal(budget, model, example_inputs)
     if goal.value(model) <= goal.limit:
         raise BudgetError(f"{budget} is met by the network as it is: nothing would be removed. Ask for less.")
-    goal.check(model, _Limits(candidates, tuple(ignore), min_channels, round_to))
+    goal.check(model, _Limits.of(model, candidates, ignore, min_channels, round_to))
 
 
 def _check_settings(budget: Any, steps: Any, damping: Any, cost_powers: Sequence[Any]) -> None:
@@ -180,9 +180,27 @@ class _Limits:
     """What may leave at all."""
 
     candidates: Candidates
-    ignore: tuple[str | nn.Module, ...]
+    ignore: tuple[str, ...]
     min_channels: int
     round_to: int
+
+    @classmethod
+    def of(
+        cls,
+        model: nn.Module,
+        candidates: Candidates,
+        ignore: Iterable[str | nn.Module],
+        min_channels: int,
+        round_to: int,
+    ) -> _Limits:
+        """Take the user's words; modules to ignore go by their names in the network."""
+        paths = {module: name for name, module in model.named_modules()}
+        given = [ignore] if isinstance(ignore, (str, nn.Module)) else list(ignore)
+        unknown = [item for item in given if isinstance(item, nn.Module) and item not in paths]
+        if unknown:
+            raise GraphError(f"Layer to ignore {unknown[0]!r} is not in the model; give its name or itself.")
+        names = tuple(item if isinstance(item, str) else paths[item] for item in given)
+        return cls(candidates, names, min_channels, round_to)
 
 
 @dataclass(frozen=True)
@@ -230,7 +248,7 @@ class _Search:
                 break
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # said once already, when the budget was checked
-                items = _Items.of(work, model, inputs, limits)
+                items = _Items.of(work, inputs, limits)
             cost = MarginalCost(work, inputs, items.groups, items.blocks, goal.budget)
             with unchanged(work):
                 rows, movable = _gradients(work, items, self.batches, self.loss_fn, self.max_samples)
@@ -328,14 +346,12 @@ class _Items:
     round_to: int
 
     @classmethod
-    def of(cls, model: nn.Module, dense: nn.Module, example_inputs: Any, limits: _Limits) -> _Items:
-        """Find them in a network that comes from a dense one.
+    def of(cls, model: nn.Module, example_inputs: Any, limits: _Limits) -> _Items:
+        """Find them in a network.
 
         Units of plain networks are no candidates: where one leaves, the channels on its two sides become the same.
         """
-        paths = {module: name for name, module in dense.named_modules()}
-        named = [item if isinstance(item, str) else paths[item] for item in limits.ignore]
-        after = [name for name in map(dense_names(model).after, named) if name is not None]
+        after = [name for name in map(dense_names(model).after, limits.ignore) if name is not None]
         every = sound_groups(model, find_groups(model, example_inputs, ignore=after), example_inputs)
         groups = tuple(group for group in every if group.fixed is None)
         try:
@@ -447,7 +463,7 @@ class _Goal:
         Raises:
             BudgetError: It is not met without everything that may leave.
         """
-        items = _Items.of(model, model, self.example_inputs, limits)
+        items = _Items.of(model, self.example_inputs, limits)
         everything = torch.arange(items.channels + len(items.blocks))
         smallest = items.slim(model, everything, len(everything))
         if self.meter is not None:

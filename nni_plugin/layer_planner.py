@@ -119,7 +119,7 @@ def plan_layers(
             if gone:
                 work = copy.deepcopy(work)
                 PruningPlan((), gone).apply(work, example_inputs)
-                if reestimate:
+                if reestimate and step + 1 < schedule.steps:
                     reestimate_batchnorm(work, batches, loss_fn)
     done: PruningPlan = getattr(work, "pruning_plan", PruningPlan(()))
     if not done.removed_blocks:

@@ -27,10 +27,11 @@ from nni_plugin import (
 from nni_plugin.adapters.torch_pruning import find_groups
 from nni_plugin.budgets import Size
 from nni_plugin.cost import Cost
-from nni_plugin.criteria import quadratic
+from nni_plugin.criteria import OBS, quadratic
 from nni_plugin.criteria.ablation import cross_entropy
 from nni_plugin.errors import BudgetError, CriterionError, GraphError, ScheduleError
 from nni_plugin.layers import removable_blocks
+from nni_plugin.layers.block_gate import block_gate_gradients
 from nni_plugin.layers.latency import BlockLatency
 from nni_plugin.marginal_cost import MarginalCost, shares
 from nni_plugin.networks import resnet20, vgg19_bn
@@ -155,11 +156,35 @@ def test_the_network_that_loses_least_is_taken() -> None:
 
 
 def test_the_factors_are_the_best_values_of_the_gates() -> None:
-    """One step: the plan's factors solve the damped least-squares problem over all gates, blocks among them."""
-    model = resnet()
-    plan = planned(model, batches(), MACs(0.6), damping=0.1)
-    again = planned(model, batches(), MACs(0.6), damping=0.1)
-    assert plan == again
+    """They solve the damped least-squares problem over all gates that stay, blocks that leave among the rest."""
+    model, data, damping = resnet(), batches(), 0.1
+    plan = planned(model, data, MACs(0.6), damping=damping)
+    assert plan.removed_blocks
+    groups = [group for group in find_groups(model, X) if group.fixed is None]
+    blocks = removable_blocks(model, X)
+    criterion = OBS()
+    with criterion.collect(model, groups):
+        for batch in data:
+            model.zero_grad()
+            cross_entropy(model, batch).backward()
+            criterion.update()
+    rows = torch.cat([criterion.rows.double(), block_gate_gradients(model, blocks, data, cross_entropy)], 1)
+    kept, names = plan.kept(), [group.name for group in groups]
+    leaves = [i not in kept[group.name] if group.name in kept else None for group in groups for i in range(group.width)]
+    leaves += [block.name in plan.removed_blocks for block in blocks]
+    gone = torch.tensor([leaf is True for leaf in leaves])
+    # Gates inside a block that leaves mean nothing, those of blocks that stay take no factor: both stay as they are.
+    free = torch.tensor([leaf is False for leaf in leaves])
+    free[-len(blocks) :] = False
+    hessian = rows.T @ rows / len(rows)
+    alive = int((rows != 0).any(0).sum())  # those without any gradient do not count in the mean
+    hessian += damping * hessian.trace() / alive * torch.eye(len(hessian), dtype=torch.float64)
+    factors = torch.ones(len(hessian), dtype=torch.float64)
+    factors[free] += torch.linalg.solve(hessian[free][:, free], hessian[free][:, gone].sum(1))
+    firsts = dict(zip(names, torch.tensor([0, *(g.width for g in groups)]).cumsum(0).tolist(), strict=False))
+    for group in plan.groups:
+        expected = factors[firsts[group.name] + torch.tensor(group.kept)]
+        torch.testing.assert_close(torch.tensor(group.factors, dtype=torch.float64), expected, rtol=1e-6, atol=1e-9)
     assert any(group.factors and max(abs(f - 1) for f in group.factors) > 1e-3 for group in plan.groups)
 
 
@@ -215,6 +240,8 @@ def test_blocks_to_ignore_stay() -> None:
     kept = ("layer1.0", "layer2.1.conv1")
     plan = planned(resnet(), batches(), MACs(0.4), ignore=kept)
     assert not {"layer1.0", "layer2.1"} & set(plan.removed_blocks)
+    one = planned(resnet(), batches(), MACs(0.4), ignore="layer1.0")  # a name is no list of letters
+    assert "layer1.0" not in one.removed_blocks
     assert "layer2.1.conv1" not in plan.kept()
 
 

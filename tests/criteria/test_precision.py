@@ -117,7 +117,8 @@ def test_autocast_ranks_channels_as_float32_does(method: str) -> None:
     groups = prunable(model, data)
     found = []
     for enabled in (False, True):
-        criterion = create_criterion(method)
+        # Little damping: the more of it, the less an order hangs on the gradients, which are looked at here.
+        criterion = OBS(damping=0.1) if method == "obs" else create_criterion(method)
         with criterion.collect(model, groups):
             for batch in data:
                 model.zero_grad()
@@ -131,8 +132,7 @@ def test_autocast_ranks_channels_as_float32_does(method: str) -> None:
         found.append(torch.cat([criterion(group) for group in groups]))
     assert len(found[0]) == 24 + 16 + 16
     assert not torch.equal(*found)
-    # A place in an order of removal depends on all gates together, and rounding moves neighbours.
-    assert spearman(*found) > (0.98 if method == "obs" else 0.99)
+    assert spearman(*found) > 0.99
 
 
 @pytest.mark.parametrize("kind", [TaylorFO, TaylorFisher])
