@@ -19,6 +19,7 @@ import jsonargparse
 
 from nni_plugin.benchmarks import (
     correlations,
+    coverage,
     fashion_mnist,
     joint_removal,
     layerprune,
@@ -43,6 +44,7 @@ BENCHMARKS: dict[str, ModuleType] = {
     "resnet20_table4": resnet20_table4,
     "schedules_fig6": schedules_fig6,
     "correlations": correlations,
+    "coverage": coverage,
     "joint_removal": joint_removal,
     "layerprune": layerprune,
     "oracle_speed": oracle_speed,

@@ -41,10 +41,10 @@ from nni_plugin.live_plan import LivePlan
 from nni_plugin.masks import Masks
 from nni_plugin.plan import PruningPlan
 from nni_plugin.processes import agreed, pooled_mean
+from nni_plugin.rounding import rounding_of
 from nni_plugin.schedules import OneShot, Schedule
 from nni_plugin.scorer import ForeignCriterion, Scorer
 from nni_plugin.selection import Ranking
-from nni_plugin.slim_cost import SlimCost
 from nni_plugin.stages import check_stages, turns
 
 Selection = Literal["all", "skip-only", "no-skip"]
@@ -60,13 +60,13 @@ class ChannelPruner:
             gradients of the last minibatch before a pruning step.
         budget: What the result may cost.
         schedule: When to prune.
-        round_to: Widths become multiples of this (the nearest), or stay whole.
+        round_to: Widths become multiples of this (the nearest), or stay whole; None: 8 on CUDA, else 1.
         min_channels: No group gets narrower.
         ignore: Layers to leave whole; the classifier always is.
         select: Which groups may be pruned: `"all"`, those that residual additions couple across blocks
             (`"skip-only"`), or the others (`"no-skip"`).
         cost_aware: Rank by loss per unit of what the budget counts instead of loss per channel; None: as the
-            criterion wants it.
+            criterion wants it. Under `Latency` a knapsack weighs loss against time in any case.
         divide_by_blocks: Divide the score of a residual group by the number of blocks that share its gate.
         stages: Fraction of channels to keep by prefix of layer names: removed fractions are in this proportion, at
             the budget; layers of no stage stay whole. Empty: one ranking over all layers.
@@ -87,7 +87,7 @@ class ChannelPruner:
         budget: Budget,
         *,
         schedule: Schedule | None = None,
-        round_to: int = 1,
+        round_to: int | None = None,
         min_channels: int = 1,
         ignore: Iterable[str | nn.Module] = (),
         select: Selection = "all",
@@ -104,7 +104,7 @@ class ChannelPruner:
             raise GraphError(f"select must be 'all', 'skip-only' or 'no-skip', got {select!r}.")
         self.model, self.example_inputs = model, example_inputs
         self.budget, self.schedule = budget, schedule or OneShot()
-        self.round_to, self.min_channels, self.cut_when = round_to, min_channels, cut
+        self.round_to, self.min_channels, self.cut_when = rounding_of(round_to, model), min_channels, cut
         self.scorer = Scorer(criterion)
         self.select, self.divide_by_blocks, self.stages = select, divide_by_blocks, dict(stages or {})
         self.cost_aware = self.scorer.cost_aware if cost_aware is None else cost_aware
@@ -328,9 +328,14 @@ class ChannelPruner:
         if not self.groups:
             reasons = "; ".join(f"{group.name}: {group.fixed}" for group in groups[:5])
             raise GraphError(f"Nothing in {type(self.model).__name__} may be pruned. {reasons}")
-        cost, dense = SlimCost(self.model, self._inputs(), self.groups), getattr(self, "dense", None)
-        self._fit = BudgetFit(self.budget, cost, self._slim, self._inputs(), self.meter, dense)
+        dense = getattr(self, "dense", None)
+        self._fit = BudgetFit(self.budget, self.model, self._inputs(), self.groups, self._slim, self.meter, dense)
         self._masks = Masks(self.model, self.groups)
+
+    @property
+    def _additive(self) -> bool:
+        """Whether scores say what channels are worth, and not when they go (in one order, or at a stage's turn)."""
+        return not (self.scorer.is_ranking or self.stages)
 
     def _due(self) -> bool:
         return self.schedule.due(self._since_check, self._loss_sum / max(self._since_check, 1))
@@ -340,12 +345,19 @@ class ChannelPruner:
             scores = {group.name: scores[group.name] / group.blocks for group in self.groups}
         if self.stages:
             scores = turns(self.groups, scores, self.stages, self.live.dense_widths)
-        return Ranking(self.groups, scores, round_to=self.round_to, min_channels=self.min_channels)
+        return self._fit.ranking(
+            self.groups,
+            scores,
+            additive=self._additive,
+            round_to=self.round_to,
+            min_channels=self.min_channels,
+        )
 
     def _prune(self, *, final: bool) -> None:
         """Take one step of the schedule, or go all the way to the budget."""
         with self._timed("plan"):
-            costs = self._fit.savings(self.groups, self.live.kept) if self.cost_aware else None
+            weighs = self.meter is not None and self._additive  # a knapsack weighs loss against time by itself
+            costs = self._fit.savings(self.groups, self.live.kept) if self.cost_aware and not weighs else None
             mean_loss = pooled_mean(self._loss_sum, self._since_check) or 0.0
             ranking = self._ranking(self.scorer.scores(self.groups, self.live.kept, self.schedule.momentum, costs))
             last = self._fit.enough(ranking)

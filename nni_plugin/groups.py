@@ -20,11 +20,13 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
 from nni_plugin.errors import GraphError
+from nni_plugin.flow import Step, gate_writers
 from nni_plugin.tensors import Axis, kind_of, places_of, tie_period
 
 
@@ -75,6 +77,43 @@ class Member:
 
 
 @dataclass(frozen=True, eq=False)
+class SizeAttribute:
+    """A number among a module's attributes that counts channels, such as `num_heads`.
+
+    Args:
+        path: Qualified name of the module.
+        name: Name of the attribute.
+        item: Position in it where it is a tuple or a list; None for a plain number.
+        channel: The group's channel behind each thing counted, int64, shape `[n]`; the number falls by one for each
+            that is gone.
+    """
+
+    path: str
+    name: str
+    item: int | None
+    channel: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Passage:
+    """Where channels enter or leave a module that takes a statistic over channels.
+
+    Args:
+        path: Qualified name of the module.
+        side: `"in"` (its first tensor) or `"out"`.
+        dim: Dimension of that tensor.
+        index: Positions along it, int64, shape `[n]`.
+        channel: The group's channel behind each position, int64, shape `[n]`.
+    """
+
+    path: str
+    side: Axis
+    dim: int
+    index: Tensor
+    channel: Tensor
+
+
+@dataclass(frozen=True, eq=False)
 class ChannelGroup:
     """Channels that are coupled across layers, one unit of removal each (or a few tied ones).
 
@@ -86,6 +125,8 @@ class ChannelGroup:
         host: The group as the dependency graph gave it, for criteria that read that form.
         forked: Whether a writer's output is read both directly and through a carrier. Gates on the writers then
             count the second way twice, and only the readers' side gives the channel's gate.
+        sizes: Numbers among modules' own attributes that count these channels.
+        passages: Where these channels enter and leave modules whose statistics change when one is removed.
     """
 
     name: str
@@ -94,6 +135,8 @@ class ChannelGroup:
     fixed: str | None = None
     host: Any = field(default=None, repr=False)
     forked: bool = False
+    sizes: tuple[SizeAttribute, ...] = ()
+    passages: tuple[Passage, ...] = ()
 
     @property
     def writers(self) -> tuple[Member, ...]:
@@ -139,6 +182,11 @@ class ChannelGroup:
     def units(self) -> int:
         """Number of units of removal."""
         return int(self.unit.max()) + 1
+
+    @property
+    def least(self) -> int:
+        """The fewest channels that it makes sense to keep: two where a statistic is taken over them, else one."""
+        return 2 if self.passages else 1
 
     @property
     def residual(self) -> bool:
@@ -195,7 +243,10 @@ class ChannelGroup:
         if graph is None or len(group) == 0:
             raise GraphError("Expected a group of a built dependency graph, got one without its graph.")
         number = {int(index): i for i, index in enumerate(group[0].idxs)}
-        writers, beside, forked = _writers(group)
+        steps = _steps(graph)
+        outputs = [item.dep.target for item in group if item.dep.handler.__name__ != "prune_in_channels"]
+        layers = [steps[node] for node in outputs if _is_layer(node)]
+        writers, beside, forked = gate_writers({steps[item.dep.target] for item in group}, layers)
         members = []
         for item in group:
             node = item.dep.target
@@ -211,7 +262,9 @@ class ChannelGroup:
                 torch.tensor([number[int(i)] for i in root_idxs], dtype=torch.int64),
             )
             is_out = member.axis == "out"
-            members.append(replace(member, writer=is_out and node in writers, beside=is_out and node in beside))
+            members.append(
+                replace(member, writer=is_out and steps[node] in writers, beside=is_out and steps[node] in beside)
+            )
         return cls(name=members[0].path, width=len(number), members=tuple(members), host=group, forked=forked)
 
 
@@ -237,6 +290,9 @@ def narrowed(groups: Iterable[ChannelGroup], kept: Mapping[str, Tensor]) -> list
             for piece in member.slices:
                 gone = piece.index[~alive[group.name][piece.channel]]
                 removed.setdefault((piece.tensor, piece.dim), []).append(gone)
+        for passage in group.passages:
+            gone = passage.index[~alive[group.name][passage.channel]]
+            removed.setdefault((passage.path, (passage.side, passage.dim)), []).append(gone)
     gone_at = {key: torch.unique(torch.cat(parts)) for key, parts in removed.items()}
 
     def renumber(key: tuple[str, Any], index: Tensor) -> Tensor:
@@ -266,8 +322,20 @@ def narrowed(groups: Iterable[ChannelGroup], kept: Mapping[str, Tensor]) -> list
                     ties=None if member.ties is None else member.ties[stays],
                 )
             )
+        sizes = tuple(
+            replace(size, channel=rank[size.channel[alive[group.name][size.channel]]]) for size in group.sizes
+        )
+        passages = tuple(
+            replace(
+                passage,
+                index=renumber((passage.path, (passage.side, passage.dim)), passage.index[on]),
+                channel=rank[passage.channel[on]],
+            )
+            for passage in group.passages
+            for on in (alive[group.name][passage.channel],)
+        )
         width = int(alive[group.name].sum())
-        result.append(replace(group, width=width, members=tuple(members), host=None))
+        result.append(replace(group, width=width, members=tuple(members), host=None, sizes=sizes, passages=passages))
     return result
 
 
@@ -297,85 +365,24 @@ def _member(graph: Any, node: Any, axis: Axis, index: Tensor, channel: Tensor) -
     return Member(path, axis, kind, index, channel, tuple(slices), None if period is None else index % period)
 
 
-def _writers(group: Any) -> tuple[set[Any], set[Any], bool]:
-    """Return the nodes on whose output the gate lies, those that only scale it, and whether the group is forked."""
-    inside = {item.dep.target for item in group}
-    outputs = [item.dep.target for item in group if item.dep.handler.__name__ != "prune_in_channels"]
-    layers = [node for node in outputs if _is_layer(node)]
-    carriers = {node for node in layers if kind_of(node.module) in ("norm", "depthwise")}
-    candidates = [node for node in layers if kind_of(node.module) != "prelu"]
-    reached = {node: _reached(node, inside) for node in candidates}
-    writers = {node for node in candidates if not reached[node] or not reached[node] <= carriers}
-    beside: set[Any] = set()
-    for product in inside:
-        if not _is_layer(product) and "Mul" in str(getattr(product.module, "_grad_fn", "")):
-            sides = [side & writers for side in (_producers(n, inside) for n in product.inputs)]
-            sides = [side for i, side in enumerate(sides) if side and side not in sides[:i]]
-            if len(sides) > 1:
-                beside |= set().union(*sides) - _main_side(sides)
-    writers -= beside
-    # What only reaches such a factor is part of it: the layer before a normalisation that ends the branch.
-    while part := {n for n in candidates if n not in writers | beside and reached[n] and reached[n] <= beside}:
-        beside |= part
-    return writers, beside, any(reached[node] & carriers for node in writers)
+_STEPS: WeakKeyDictionary[Any, dict[Any, Step]] = WeakKeyDictionary()
 
 
-def _walkable(node: Any) -> bool:
-    return not _is_layer(node) or kind_of(node.module) == "prelu"
-
-
-def _reached(node: Any, inside: set[Any]) -> set[Any]:
-    """Return the layers (and the network's ends) that a node's output reaches through operators alone."""
-    found: set[Any] = set()
-    stack, seen = list(node.outputs), set()
-    while stack:
-        current = stack.pop()
-        if current in seen or current not in inside:
-            continue
-        seen.add(current)
-        if _walkable(current) and current.outputs:
-            stack += current.outputs
-        else:
-            found.add(current)
-    return found
-
-
-def _producers(node: Any, inside: set[Any]) -> set[Any]:
-    """Return the layers whose output reaches a node through operators alone."""
-    found: set[Any] = set()
-    stack, seen = [node], set()
-    while stack:
-        current = stack.pop()
-        if current in seen or current not in inside:
-            continue
-        seen.add(current)
-        if _walkable(current):
-            stack += current.inputs
-        else:
-            found.add(current)
-    return found
-
-
-def _main_side(sides: Iterable[set[Any]]) -> set[Any]:
-    """Choose the factor of a product that carries the gate: computed first, and not a bare parameter."""
-    sides = sorted(sides, key=lambda side: any(isinstance(node.module, nn.Parameter) for node in side))
-    main = sides[0]
-    for side in sides[1:]:
-        if _leads_to(side, main):
-            main = side
-    return main
-
-
-def _leads_to(sources: set[Any], targets: set[Any], limit: int = 200) -> bool:
-    """Tell whether a target is computed from a source, looking at most `limit` nodes back."""
-    queue: list[Any] = list(targets)
-    seen: set[Any] = set()
-    while queue and len(seen) < limit:
-        current = queue.pop(0)
-        if current in seen:
-            continue
-        seen.add(current)
-        if current in sources:
-            return True
-        queue += current.inputs
-    return False
+def _steps(graph: Any) -> dict[Any, Step]:
+    """Return the nodes of a host's graph as steps; a graph is read once."""
+    if graph not in _STEPS:
+        nodes = list(graph.module2node.values())
+        steps = {}
+        for node in nodes:
+            name = "aten.mul" if "Mul" in str(getattr(node.module, "_grad_fn", "")) else str(node.name)
+            layer, kind = None, ""
+            if isinstance(node.module, nn.Parameter):
+                layer, kind = str(graph._param_to_name[node.module]), "parameter"
+            elif _is_layer(node):
+                layer, kind = str(graph._module2name[node.module]), kind_of(node.module)
+            steps[node] = Step(name, "", layer, kind)
+        for node in nodes:
+            steps[node].inputs = [steps[near] for near in node.inputs if near in steps]
+            steps[node].outputs = [steps[near] for near in node.outputs if near in steps]
+        _STEPS[graph] = steps
+    return _STEPS[graph]

@@ -47,6 +47,7 @@ from nni_plugin.marginal_cost import MarginalCost
 from nni_plugin.plan import GroupPlan, PruningPlan, dense_names
 from nni_plugin.planner import unchanged
 from nni_plugin.processes import agreed, gathered, pooled_mean
+from nni_plugin.rounding import rounding_of
 from nni_plugin.selection import Ranking
 
 
@@ -64,7 +65,7 @@ def plan_jointly(
     candidates: Candidates = "outermost",
     ignore: Iterable[str | nn.Module] = (),
     min_channels: int = 1,
-    round_to: int = 1,
+    round_to: int | None = None,
     reestimate: bool = True,
 ) -> PruningPlan:
     """Choose channels and whole blocks together so that a network meets a budget.
@@ -84,7 +85,7 @@ def plan_jointly(
         candidates: Which of blocks inside blocks may leave, see :func:`nni_plugin.plan_layers`.
         ignore: Layers, or blocks, to leave whole.
         min_channels: No group gets narrower.
-        round_to: Widths become multiples of this, or stay whole.
+        round_to: Widths become multiples of this, or stay whole; None: 8 for a model on CUDA, else 1.
         reestimate: Estimate the statistics of batch normalisations anew between steps; the plan holds none.
 
     Returns:
@@ -126,6 +127,7 @@ def plan_jointly(
         provenance={
             "criterion": f"joint gates(damping={damping}, cost_power={paths[chosen].cost_power})",
             "budget": repr(budget),
+            "round_to": limits.round_to,
             "steps": account,
             **(
                 {"settled_losses": dict(zip((str(path.cost_power) for path in paths), losses, strict=True))}
@@ -146,7 +148,7 @@ def check_jointly(
     candidates: Candidates = "outermost",
     ignore: Iterable[str | nn.Module] = (),
     min_channels: int = 1,
-    round_to: int = 1,
+    round_to: int | None = None,
 ) -> None:
     """Refuse a budget for :func:`plan_jointly` that is out of reach, or met by the network as it is.
 
@@ -191,7 +193,7 @@ class _Limits:
         candidates: Candidates,
         ignore: Iterable[str | nn.Module],
         min_channels: int,
-        round_to: int,
+        round_to: int | None,
     ) -> _Limits:
         """Take the user's words; modules to ignore go by their names in the network."""
         paths = {module: name for name, module in model.named_modules()}
@@ -200,7 +202,7 @@ class _Limits:
         if unknown:
             raise GraphError(f"Layer to ignore {unknown[0]!r} is not in the model; give its name or itself.")
         names = tuple(item if isinstance(item, str) else paths[item] for item in given)
-        return cls(candidates, names, min_channels, round_to)
+        return cls(candidates, names, min_channels, rounding_of(round_to, model))
 
 
 @dataclass(frozen=True)

@@ -9,18 +9,21 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections.abc import Callable, Mapping
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from nni_plugin.budgets import Latency, Size
-from nni_plugin.cost import Cost, count
+from nni_plugin.cost import Cost
 from nni_plugin.errors import BudgetError, ModelError
 from nni_plugin.latency import LatencyPair, device_of, measure_pair
+from nni_plugin.latency_table import LayerLatencies, Place, table_of
 from nni_plugin.machine import usable_device
 from nni_plugin.processes import agreed
 from nni_plugin.slim_cost import SlimCost
+from nni_plugin.slim_latency import SlimLatency
 
 TOLERANCE = 0.03
 """How far above the limit a measured result may lie: two measurements of one network differ by as much."""
@@ -31,28 +34,29 @@ _MANY_ROUNDS, _FEW_ROUNDS = 41, 15
 """Many short rounds give the steadier median, but each takes three passes at least: too long where one pass is."""
 
 
-class LatencyByMACs:
-    """Sizes of slim networks with a guess at their latency: in proportion to their MACs.
+class LatencyByTable:
+    """Sizes of slim networks with a guess at their latency: the dense one's, less what the table says its layers save.
 
-    It orders candidates and places the steps of a schedule; a budget is met by timing.
+    It places the steps of a schedule and orders candidates; a budget is met by timing.
 
     Args:
         cost: Sizes without latency.
-        dense: Size of the dense network, its latency measured.
+        layers: Times of the layers of the same network.
+        dense_ms: Measured time of the dense network.
+        dense_layers_ms: What the table gives its layers.
     """
 
-    def __init__(self, cost: SlimCost, dense: Size) -> None:
-        self.cost, self._whole = cost, dense
-        self.dense = self._timed(cost.dense)
+    def __init__(self, cost: SlimCost, layers: SlimLatency, dense_ms: float, dense_layers_ms: float) -> None:
+        self.cost, self._layers, self._dense_ms, self._dense_layers_ms = cost, layers, dense_ms, dense_layers_ms
+        self.dense = self.predict({})
 
     def predict(self, kept: Mapping[str, Tensor]) -> Size:
         """Return what :meth:`SlimCost.predict` returns, and the guess."""
-        return self._timed(self.cost.predict(kept))
-
-    def _timed(self, size: Size) -> Size:
-        assert self._whole.latency_ms is not None
-        share = size.cost.macs / max(self._whole.cost.macs, 1)
-        return dataclasses.replace(size, latency_ms=share * self._whole.latency_ms)
+        left = self._layers.total({name: len(index) for name, index in kept.items()})
+        # Layers timed alone may take longer than all of them together, in a network whose caches are warm.
+        scale = min(1.0, self._dense_ms / self._dense_layers_ms) if self._dense_layers_ms else 0.0
+        guess = self._dense_ms - scale * (self._dense_layers_ms - left)
+        return dataclasses.replace(self.cost.predict(kept), latency_ms=guess)
 
 
 class LatencyMeter:
@@ -78,9 +82,10 @@ class LatencyMeter:
         device = device_of(dense) if budget.device is None else usable_device(budget.device)
         self.budget, self.device, self.min_run_time = budget, device, min_run_time
         self.dense = copy.deepcopy(dense).to(device)
-        self._inputs, self._rounds = example_inputs, _FEW_ROUNDS
+        self._rounds = _FEW_ROUNDS
         self._dtype = next((p.dtype for p in dense.parameters() if p.is_floating_point()), torch.float32)
         self._shape = (example_inputs.shape[1], example_inputs.shape[2], example_inputs.shape[3])
+        self._dense_layers_ms: float | None = None
         self.dense_ms = agreed(self.pair(self.dense).first.median_ms)
         if 3 * _MANY_ROUNDS * self.dense_ms < 1000 * min_run_time:
             self._rounds = _MANY_ROUNDS
@@ -117,10 +122,23 @@ class LatencyMeter:
         """The most milliseconds of a pass that the budget allows."""
         return self.budget.limit(Size(Cost(0, 0), 0, latency_ms=self.dense_ms))
 
-    def sized(self, cost: SlimCost) -> LatencyByMACs:
-        """Return sizes with a guess at the latency, from those without."""
-        whole = Size(count(self.dense, self._inputs.to(self.device)), 0, latency_ms=self.dense_ms)
-        return LatencyByMACs(cost, whole)
+    @cached_property
+    def table(self) -> LayerLatencies:
+        """Times of single layers, where and how the networks are timed."""
+        wide = [parameter for parameter in self.dense.parameters() if parameter.dim() == 4]
+        last = any(p.is_contiguous(memory_format=torch.channels_last) and not p.is_contiguous() for p in wide)
+        return table_of(Place(self.device, self._dtype, self.budget.batch_size, last, torch.get_num_threads()))
+
+    def sized(self, cost: SlimCost, layers: SlimLatency) -> LatencyByTable:
+        """Return sizes with a guess at the latency.
+
+        Args:
+            cost: Sizes without, of the dense network or of what is left of it.
+            layers: Times of its layers. What the first one that is given says of its network holds for the dense one.
+        """
+        if self._dense_layers_ms is None:
+            self._dense_layers_ms = layers.total({})
+        return LatencyByTable(cost, layers, self.dense_ms, self._dense_layers_ms)
 
     def check(self, smallest: nn.Module, limit: float | None = None) -> None:
         """Refuse a limit that the network without everything that may leave does not meet.

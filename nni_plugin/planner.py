@@ -32,7 +32,7 @@ def plan_channels(
     budget: Budget,
     *,
     schedule: Schedule | None = None,
-    round_to: int = 1,
+    round_to: int | None = None,
     min_channels: int = 1,
     ignore: Iterable[str | nn.Module] = (),
     select: Selection = "all",
@@ -51,13 +51,15 @@ def plan_channels(
             read by a criterion that needs no data.
         loss_fn: `loss_fn(model, batch)` -> a finite scalar.
         budget: `MACs`, `Params` or `Channels` kept, met exactly, within one unit of removal; or `Latency`, met as
-            measured on the slim network, within 3 %.
+            measured on the slim network, within 3 %, its channels chosen by a knapsack over measured layers (but in
+            the order of a criterion that gives one, as `OBS` does).
         schedule: `OneShot()` scores once; `Iterative(...)` masks and scores anew, without training between.
-        round_to: Widths become multiples of this (the nearest), or stay whole.
+        round_to: Widths become multiples of this (the nearest), or stay whole; None: 8 for a model on CUDA, else 1.
         min_channels: No group gets narrower.
         ignore: Layers to leave whole, as modules or names; the classifier always is.
         select: Which groups may be pruned: `"all"`, `"skip-only"` (coupled across blocks by additions), `"no-skip"`.
-        cost_aware: Rank by loss per unit of what the budget counts; None: as the criterion wants it.
+        cost_aware: Rank by loss per unit of what the budget counts; None: as the criterion wants it. Under `Latency` a
+            knapsack weighs loss against time in any case.
         divide_by_blocks: Divide the score of a residual group by the number of blocks that share its gate.
         reestimate: Estimate the statistics of batch normalisations anew after each step of a schedule. A plan
             holds no statistics: call `reestimate_batchnorm` on the pruned network as well.

@@ -20,6 +20,12 @@ _HISTORY_COLUMNS = {
     "kept": "channels kept",
     "macs_ratio": "MACs kept",
 }
+_MACS_FELL = 0.9
+"""Share of the MACs left, or less, at which latency is expected to follow: above it, a measurement says little."""
+
+_LATENCY_FOLLOWED = 0.25
+"""Part of what MACs have lost that latency must have lost."""
+
 _NO_PLOTS = 'Written without figures, since Matplotlib is not installed: pip install "nni-plugin[plots]".'
 
 
@@ -63,7 +69,7 @@ class Report:
         load_code: Python lines that load the result.
         device: Where latency was measured, e.g. `cpu`.
         macs_target: Share of MACs asked for, 0 to 1, drawn in the figure.
-        notes: Further sentences, e.g. warnings of the run.
+        notes: Further sentences, e.g. warnings of the run, after those of :func:`latency_notes`.
         date: When, for the heading.
     """
 
@@ -137,6 +143,38 @@ def before_after(metrics: Mapping[str, Any]) -> list[Row]:
     return rows
 
 
+def latency_notes(metrics: Mapping[str, Any]) -> list[str]:
+    """Say where multiply-accumulates went and the time did not.
+
+    Args:
+        metrics: As in `Report`; nothing is said of what is missing.
+
+    Returns:
+        A sentence, with both figures, for each batch size at which latency lost less than a quarter of the share that
+        MACs lost, when they lost a tenth at least: at 0.6 of the MACs, a latency above 0.9.
+
+    Example:
+        >>> before, after = ({"macs": macs, "latency_ms": {"1": ms}} for macs, ms in ((100, 2.0), (60, 1.9)))
+        >>> [note] = latency_notes({"baseline": before, "pruned": after})
+        >>> note[:75]
+        'MACs fell to 0.600 of the dense network, latency at batch 1 only to 0.950: '
+    """
+    old, new = metrics.get("baseline", {}), metrics.get("pruned", {})
+    if not old.get("macs") or new.get("macs") is None:
+        return []
+    macs, notes = new["macs"] / old["macs"], []
+    before, after = old.get("latency_ms", {}), new.get("latency_ms", {})
+    for size in sorted({size for size in before if before[size] and size in after}, key=int):
+        ratio = metrics.get("latency_ratio", {}).get(size, after[size] / before[size])
+        if macs <= _MACS_FELL and 1 - ratio < _LATENCY_FOLLOWED * (1 - macs):
+            went = f"only to {ratio:.3f}" if ratio < 1 else f"to {ratio:.3f}"
+            notes.append(
+                f"MACs fell to {macs:.3f} of the dense network, latency at batch {size} {went}: what was removed took "
+                "little time there. A budget of latency (--latency) removes what does; so may larger batches."
+            )
+    return notes
+
+
 def write_report(path: str | os.PathLike[str], report: Report) -> bool:
     """Write a report; an earlier file of that name is replaced only once the new one is complete.
 
@@ -166,7 +204,7 @@ def _render(report: Report) -> tuple[str, bool]:
     from jinja2 import Environment, PackageLoader, StrictUndefined
     from markupsafe import Markup
 
-    notes = list(report.notes)
+    notes = [*latency_notes(report.metrics), *report.notes]
     baseline_top1 = report.metrics.get("baseline", {}).get("top1")
     try:
         history_svg = plot_history(report.history, baseline_top1=baseline_top1, target=report.macs_target)

@@ -36,7 +36,7 @@ from nni_plugin.machine import describe_machine, usable_device
 from nni_plugin.plan import PruningPlan
 from nni_plugin.planner import run_without_training
 from nni_plugin.reconstruction import reconstruct
-from nni_plugin.report import Report, Target, write_report
+from nni_plugin.report import Report, Target, latency_notes, write_report
 from nni_plugin.schedules import OneShot
 from nni_plugin.workspace import Workspace, workspace, write_file
 
@@ -138,6 +138,9 @@ class _Run:
             "seconds": {name: round(value, 3) for name, value in done.seconds.items()},
             "machine": describe_machine(),
         }
+        metrics["notes"] = latency_notes(metrics)
+        for note in metrics["notes"]:
+            self.say(note)
         results = self.places.results
         save_pretrained(self.model, results, plan=plan, example_input_shape=self.splits.input_shape)
         (results / "plan.json").write_text(plan.to_json() + "\n")
@@ -336,7 +339,7 @@ def _target(budget: Budget, metrics: Mapping[str, Any], plan: PruningPlan) -> Ta
         timing = plan.provenance["latency"]
         if budget.ms is not None:
             return Target("latency (ms)", budget.ms, None, timing["pruned"]["median_ms"])
-        return Target("latency kept", budget.ratio, None, timing["ratio"])
+        return Target("latency kept", budget.ratio, timing.get("predicted_ratio"), timing["ratio"])
     if isinstance(budget, Channels):
         whole = plan.channels_kept + plan.channels_removed if isinstance(budget.count, float) else 1
         return Target("coupled channels kept", budget.count, None, plan.channels_kept / whole)

@@ -19,14 +19,16 @@ FOLDERS = {
 
 # The house, lowest room first. A module may import from its own floor and from the floors below.
 FLOORS = (
-    frozenset(
-        {"errors", "machine", "processes", "tensors", "groups", "cost", "latency", "compensation", "renumbering"}
-    ),
+    frozenset({"errors", "machine", "processes", "tensors", "flow", "cost", "latency", "renumbering"}),
+    frozenset({"groups"}),
+    frozenset({"tracing", "compensation"}),
+    frozenset({"latency_cache", "latency_table", "rounding"}),
     frozenset({"plan", "masks", "networks", "workspace", "correlation", "search_space"}),
     frozenset({"report", "report_plots"}),
     frozenset({"criteria"}),
     frozenset({"budgets"}),
-    frozenset({"selection", "stages", "slim_cost", "schedules", "scorer", "live_plan", "latency_budget", "budget_fit"}),
+    frozenset({"selection", "stages", "slim_cost", "slim_latency", "knapsack", "schedules", "scorer", "live_plan"}),
+    frozenset({"latency_budget", "budget_fit"}),
     frozenset({"layers", "side_by_side"}),
     frozenset({"adapters"}),
     frozenset({"channel_pruner", "methods"}),
@@ -34,7 +36,9 @@ FLOORS = (
         {"planner", "layer_planner", "held_out", "checkpoint", "reconstruction", "marginal_cost", "joint_planner"}
     ),
     frozenset({"performance"}),
-    frozenset({"pruners", "job", "search_plans", "job_plans", "workflow", "correlation_study", "experiment_job"}),
+    frozenset(
+        {"pruners", "job", "search_plans", "job_plans", "workflow", "correlation_study", "coverage", "experiment_job"}
+    ),
     frozenset({"block_study"}),
     frozenset({""}),  # nni_plugin/__init__.py, which only gathers the public names
     frozenset({"benchmarks"}),

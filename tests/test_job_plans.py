@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 from typing import Any
 
 import latency_by_macs
@@ -16,6 +17,7 @@ from nni_plugin.adapters.training import TrainingConfig
 from nni_plugin.checkpoint import from_pretrained
 from nni_plugin.errors import BudgetError, ScheduleError
 from nni_plugin.job import Job
+from nni_plugin.latency import LatencyPair
 from nni_plugin.workflow import run_job
 from nni_plugin.workspace import STATE
 
@@ -72,6 +74,24 @@ def test_latency(tmp_path: Any, method: str, in_ms: bool) -> None:
     result = _run(_job(tmp_path / "out", method=method, budget=budget, score_steps=1))
     assert latency_by_macs.milliseconds(result.model, (3, 8, 8)) <= 0.7 * dense
     assert ("latency (ms)" if in_ms else "latency kept") in (tmp_path / "out" / "report.html").read_text()
+
+
+def test_latency_that_did_not_follow_is_said_everywhere(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the budget was: here MACs are halved, and the clock stands still."""
+
+    def still(*_: Any) -> list[LatencyPair]:
+        ms = nni_plugin.latency.Latency(1, 2.0, 0.0, 500.0, 1, "cpu", "float32", 1)
+        return [LatencyPair(ms, dataclasses.replace(ms, median_ms=1.96), 0.98, 3)]
+
+    monkeypatch.setattr(module, "measure_pair", still)
+    said: list[str] = []
+    result = run_job(_job(tmp_path / "out"), say=said.append)
+    [note] = result.metrics["notes"]
+    assert re.match(r"MACs fell to 0\.(4\d\d|500) of the dense network, latency at batch 1 only to 0\.980: ", note)
+    assert note in said
+    assert json.loads((tmp_path / "out" / "metrics.json").read_text())["notes"] == [note]
+    assert note in (tmp_path / "out" / "report.html").read_text()
+    assert result.plan.provenance["round_to"] == 1
 
 
 def _built() -> nn.Module:

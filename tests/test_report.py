@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from nni_plugin.report import Report, Target, before_after, write_report
+from nni_plugin.report import Report, Target, before_after, latency_notes, write_report
 from nni_plugin.report_plots import plot_history, plot_widths
 
 METRICS = {
@@ -105,6 +105,46 @@ def test_ratio_measured_in_turns_goes_before_the_quotient():
     assert rows["Latency at batch 1 (ms)"] == "0.800"
     assert rows["Throughput at batch 1 (images/s)"] == "1.250"
     assert rows["Latency at batch 64 (ms)"] == "0.500"
+
+
+def sized(macs: float, ms: float) -> dict:
+    before = {"macs": 1000, "latency_ms": {"1": 2.0}}
+    return {"baseline": before, "pruned": {"macs": round(1000 * macs), "latency_ms": {"1": 2.0 * ms}}}
+
+
+@pytest.mark.parametrize(
+    ("macs", "latency", "said"),
+    [
+        (0.6, 0.95, "latency at batch 1 only to 0.950"),
+        (0.6, 0.91, "latency at batch 1 only to 0.910"),
+        (0.6, 0.89, None),
+        (0.5, 1.2, "latency at batch 1 to 1.200"),
+        (0.9, 0.98, "latency at batch 1 only to 0.980"),
+        (0.95, 1.0, None),  # too little went for a clock to see
+        (1.0, 1.1, None),
+    ],
+)
+def test_macs_that_fell_without_the_latency_are_said_with_both_figures(macs, latency, said):
+    notes = latency_notes(sized(macs, latency))
+    assert len(notes) == (said is not None)
+    if said:
+        assert f"MACs fell to {macs:.3f} of the dense network, {said}:" in notes[0]
+
+
+def test_each_batch_size_is_looked_at_and_turns_go_before_the_quotient():
+    metrics = METRICS | {"latency_ratio": {"1": 0.97, "64": 0.55}}
+    [note] = latency_notes(metrics)
+    assert "MACs fell to 0.500" in note
+    assert "batch 1 only to 0.970" in note
+    assert latency_notes(METRICS) == []
+    assert latency_notes({"baseline": {"macs": 0}, "pruned": {}}) == latency_notes({}) == []
+
+
+def test_a_report_says_that_latency_did_not_follow(tmp_path):
+    write_report(tmp_path / "report.html", replace(REPORT, metrics=METRICS | {"latency_ratio": {"1": 0.97}}))
+    html = (tmp_path / "report.html").read_text()
+    assert "<li>MACs fell to 0.500 of the dense network, latency at batch 1 only to 0.970:" in html
+    assert "<li>A note.</li>" in html
 
 
 def test_missing_values_are_dashes_and_equal_accuracy_has_no_minus():

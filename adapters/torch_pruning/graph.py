@@ -1,6 +1,6 @@
-"""Find the coupled channel groups of a network with Torch-Pruning's dependency graph (DepGraph, CVPR 2023).
+"""Find the coupled channel groups of a network, and Torch-Pruning's form of them for its own importances.
 
-The graph is asked once, on the network as it is: mode, `requires_grad`, gradients, statistics and random
+The network is run once, on the network as it is: mode, `requires_grad`, gradients, statistics and random
 state are put back. Groups are returned in the order of the network's modules. Those that must stay whole
 carry the reason: the network's output or input has that width, a layer is to be ignored, or a layer cannot
 be cut.
@@ -11,6 +11,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 from nni_plugin.cost import call, tensors_in
 from nni_plugin.errors import GraphError
 from nni_plugin.groups import ChannelGroup
-from nni_plugin.tensors import kind_of, tensor_of
+from nni_plugin.tracing import coupled_groups
 
 _HOST_ERRORS = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 """What Torch-Pruning raises on networks it cannot follow."""
@@ -36,12 +37,12 @@ def find_groups(
     """Find every coupled channel group of a network.
 
     Args:
-        model: Any network that autograd can trace; left as it was.
+        model: Any network; left as it was.
         example_inputs: One tensor `[N, ...]`, or a tuple or dict of inputs.
         ignore: Layers to leave whole, as modules or qualified names; a name also covers what is below it.
             The group of the network's output (the classifier) is always left whole.
-        keep_host: Keep the graph's own group on each (`.host`), for criteria that read that form. It holds
-            the traced forward pass in memory.
+        keep_host: Add Torch-Pruning's own group to each (`.host`), for its importances, which read that form
+            (DepGraph, CVPR 2023). It holds the traced forward pass in memory.
 
     Returns:
         All groups in the order of the network's modules, the ones to be left whole with `.fixed` set.
@@ -50,18 +51,27 @@ def find_groups(
         GraphError: The network cannot be traced, or a layer to ignore does not exist.
     """
     ignored = _ignored_paths(model, ignore)
+    if not any(parameter.numel() for parameter in model.parameters()):
+        raise GraphError(f"{type(model).__name__} has no parameters; there is nothing to prune.")
     with _traceable(model, example_inputs) as inputs:
-        graph, output_functions = _trace(model, inputs)
-        ends = _Ends(graph, output_functions, tensors_in(inputs))
-        groups = []
-        for host in _host_groups(graph, model):
-            group = ChannelGroup.from_host(host)
-            reason = ends.reason(host) or _reason_to_keep(group, ignored, model)
-            group = group if reason is None else group.freeze(reason)
-            if not keep_host:
-                object.__setattr__(group, "host", None)
-            groups.append(group)
-    return groups
+        with _refused(model):
+            groups = coupled_groups(model, inputs)
+        if keep_host:
+            groups = _with_hosts(model, inputs, groups)
+    reasons = [group.fixed or _reason_to_keep(group, ignored) for group in groups]
+    return [group if reason is None else group.freeze(reason) for group, reason in zip(groups, reasons, strict=True)]
+
+
+@contextmanager
+def _refused(model: nn.Module) -> Iterator[None]:
+    """Say what a network raises when it does not run."""
+    try:
+        yield
+    except _HOST_ERRORS as error:
+        raise GraphError(
+            f"{type(model).__name__} could not be traced on the example inputs ({type(error).__name__}: {error}). "
+            "Check that it runs on them and returns tensors."
+        ) from error
 
 
 def _ignored_paths(model: nn.Module, ignore: Iterable[str | nn.Module]) -> list[str]:
@@ -92,12 +102,21 @@ def _traceable(model: nn.Module, example_inputs: Any) -> Iterator[Any]:
     finally:
         for parameter in frozen:
             parameter.requires_grad_(False)
+        forget_caches(model)
         for module, training in modes.items():
             module.training = training
         for module, known in hooks.items():  # those that a trace leaves behind when it fails
             for key in [key for key in module._forward_hooks if key not in known]:
                 del module._forward_hooks[key]
         torch.random.set_rng_state(state)
+
+
+def forget_caches(model: nn.Module) -> None:
+    """Let modules drop what they keep between passes in eval mode, as they do when they are put into train mode."""
+    modes = {module: module.training for module in model.modules()}
+    model.train()
+    for module, training in modes.items():
+        module.training = training
 
 
 def _requiring_grad(value: Any) -> Any:
@@ -111,98 +130,61 @@ def _requiring_grad(value: Any) -> Any:
     return value
 
 
-def _trace(model: nn.Module, inputs: Any) -> tuple[Any, set[Any]]:
-    outputs: set[Any] = set()
+def _with_hosts(model: nn.Module, inputs: Any, groups: Iterable[ChannelGroup]) -> list[ChannelGroup]:
+    """Return each group in the form that Torch-Pruning gives it, with its own group beside it.
 
-    def note_outputs(out: Any) -> list[Tensor]:
-        found = [tensor for tensor in tensors_in(out) if tensor.grad_fn is not None]
-        outputs.update(tensor.grad_fn for tensor in found)
-        return found
-
-    if not any(parameter.numel() for parameter in model.parameters()):
-        raise GraphError(f"{type(model).__name__} has no parameters; there is nothing to prune.")
+    Where it has none, or couples other layers or channels, its importances would read what is not there: such a group
+    stays whole.
+    """
     graph = tp.DependencyGraph()
+    with _refused(model):
+        graph.build_dependency(model, inputs, forward_fn=call, output_transform=_reaching, verbose=False)
+    result = []
+    for group in groups:
+        theirs, reason = _in_their_form(graph, model, group)
+        result.append(group.freeze(group.fixed or reason) if theirs is None else theirs)
+    return result
+
+
+def _reaching(out: Any) -> list[Tensor]:
+    return [tensor for tensor in tensors_in(out) if tensor.grad_fn is not None]
+
+
+def _in_their_form(graph: Any, model: nn.Module, group: ChannelGroup) -> tuple[ChannelGroup | None, str]:
+    """Return a group as Torch-Pruning builds it from the same channels of the same layer, or why it does not."""
+    root, module = group.members[0], model.get_submodule(group.name)
+    order = root.index[torch.argsort(root.channel, stable=True)].tolist()
+    if module not in graph.module2node or len(order) != group.width:
+        return None, f"Torch-Pruning has no group of the channels of {group.name!r} and what goes with them"
     try:
-        graph.build_dependency(
-            model,
-            inputs,
-            forward_fn=call,
-            output_transform=note_outputs,
-            verbose=False,
-        )
+        host = graph.get_pruning_group(module, graph.get_pruner_of_module(module).prune_out_channels, order)
+        theirs = ChannelGroup.from_host(host)
     except _HOST_ERRORS as error:
-        raise GraphError(
-            f"{type(model).__name__} could not be traced on the example inputs ({type(error).__name__}: {error}). "
-            "Check that it runs on them and returns tensors."
-        ) from error
-    if not outputs:
-        raise GraphError(f"{type(model).__name__} returned no tensor that depends on its parameters.")
-    return graph, outputs
+        return None, f"Torch-Pruning cannot follow the channels of {group.name!r} ({type(error).__name__}: {error})"
+    if group.fixed is None and _positions(theirs) != _positions(group):
+        return None, f"Torch-Pruning couples other channels with those of {group.name!r}"
+    members = theirs.members
+    if theirs.width == group.width and not torch.equal(theirs.unit, group.unit):
+        members = tuple(replace(member, ties=group.unit[member.channel]) for member in members)
+    return replace(theirs, members=members, fixed=group.fixed, sizes=group.sizes, passages=group.passages), ""
 
 
-def _host_groups(graph: Any, model: nn.Module) -> Iterator[Any]:
-    """Yield one full group per coupled set of channels, rooted at its first dense layer in module order."""
-    covered: dict[nn.Module, set[int]] = {}
-    for module in model.modules():
-        if module not in graph.module2node or kind_of(module) not in ("dense", "depthwise"):
-            continue
-        pruner = graph.get_pruner_of_module(module)
-        left = [i for i in range(pruner.get_out_channels(module)) if i not in covered.get(module, ())]
-        if not left:
-            continue
-        try:
-            group = graph.get_pruning_group(module, pruner.prune_out_channels, left)
-        except _HOST_ERRORS as error:
-            name = graph._module2name[module]
-            raise GraphError(
-                f"The dependency graph cannot follow the channels of layer {name!r} ({type(error).__name__}: {error}); "
-                f"{type(model).__name__} cannot be pruned yet."
-            ) from error
-        for item in group:
-            if graph.is_out_channel_pruning_fn(item.dep.handler):
-                covered.setdefault(item.dep.layer, set()).update(int(i) for i in item.idxs)
-        yield group
+def _positions(group: ChannelGroup) -> dict[tuple[str, str], set[tuple[int, int]]]:
+    """Return which channel lies where on which axis of which layer."""
+    positions: dict[tuple[str, str], set[tuple[int, int]]] = {}
+    for member in group.members:
+        pairs = zip(member.index.tolist(), member.channel.tolist(), strict=True)
+        positions.setdefault((member.path, member.axis), set()).update(pairs)
+    return positions
 
 
-class _Ends:
-    """Where channels meet the network's inputs or outputs, whose width is not ours to change."""
-
-    def __init__(self, graph: Any, output_functions: set[Any], inputs: list[Tensor]) -> None:
-        self.outputs = output_functions
-        self.at_input = {node for node in graph.module2node.values() if _reads_input(node, inputs)}
-
-    def reason(self, host: Any) -> str | None:
-        for item in host:
-            node = item.dep.target
-            reads = item.dep.handler.__name__ == "prune_in_channels" and kind_of(node.module) == "dense"
-            if reads:
-                continue
-            if node.grad_fn in self.outputs or not node.outputs:
-                return f"its channels are the network's output (at {node.name})"
-            if node in self.at_input and kind_of(node.module) != "dense":
-                return f"its channels meet the network's input (at {node.name})"
-        return None
-
-
-def _reads_input(node: Any, inputs: list[Tensor]) -> bool:
-    leaves = [getattr(function, "variable", None) for function, _ in getattr(node.grad_fn, "next_functions", ())]
-    return any(leaf is tensor for leaf in leaves for tensor in inputs)
-
-
-def _reason_to_keep(group: ChannelGroup, ignored: list[str], model: nn.Module) -> str | None:
+def _reason_to_keep(group: ChannelGroup, ignored: list[str]) -> str | None:
     for member in group.members:
         if member.kind == "":
             return f"layer {member.path!r} is of a kind that cannot be cut"
-        if any(int(piece.index.max()) >= tensor_of(model, piece.tensor).shape[piece.dim] for piece in member.slices):
-            return f"the dependency graph gives layer {member.path!r} more channels than it has"
         for path in ignored:
             if member.axis == "out" and (member.path == path or member.path.startswith(path + ".") or path == ""):
                 return f"layer {member.path!r} is to be ignored"
-        if member.ties is not None:
-            layer = model.get_submodule(member.path)
-            counts = torch.bincount(member.ties)
-            if bool((counts[counts > 0] != getattr(layer, "groups", getattr(layer, "num_groups", 1))).any()):
-                return f"layer {member.path!r} works in channel groups that this group covers only in part"
     if group.units == 1:
         return f"all its {group.width} channels must go together"
     return None

@@ -7,13 +7,13 @@ a channel is really gone. Groups that fail are left whole, with the reason, inst
 from __future__ import annotations
 
 import copy
+import re
 import warnings
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import nn
-from tqdm import tqdm
 
 from nni_plugin.adapters.torch_pruning.verify import verify
 from nni_plugin.errors import PlanError, SurgeryError
@@ -33,24 +33,67 @@ def sound_groups(model: nn.Module, groups: Sequence[ChannelGroup], example_input
         example_inputs: One tensor `[N, ...]`, or a tuple or dict of inputs.
 
     Returns:
-        The same groups in the same order. All together are tried first: two forward passes when nothing is wrong;
-        otherwise one after the other, each beside those that have passed.
+        The same groups in the same order. All together are tried first: two forward passes when nothing is wrong.
+        Otherwise the first group at fault is found by bisection and set aside with those built alike (the same
+        attention in every block fails alike), until the rest passes; those built alike then get a trial of their own.
     """
-    prunable = [group for group in groups if group.fixed is None]
     drawn = _randomised(model)
-    if not prunable or _failure(drawn, prunable, groups, example_inputs) is None:
-        return list(groups)
-    result: list[ChannelGroup] = []
-    passed: list[ChannelGroup] = []
-    for group in tqdm(groups, desc="try groups", delay=2, disable=None, leave=False):
-        failure = None if group.fixed else _failure(drawn, [*passed, group], groups, example_inputs)
-        if failure is not None:
-            warnings.warn(f"Group {group.name!r} is left whole: {failure}", stacklevel=4)
-            group = group.freeze(failure)
-        elif group.fixed is None:
-            passed.append(group)
-        result.append(group)
-    return result
+    trial = _Trial(drawn, groups, example_inputs)
+    passed = [group for group in groups if group.fixed is None]
+    failures: dict[str, str] = {}
+    like: dict[str, str] = {}
+    aside: list[ChannelGroup] = []
+    while passed and (failure := trial(passed)) is not None:
+        culprit, failure = _first_at_fault(trial, passed, failure)
+        failures[culprit.name] = failure
+        alike = [group for group in passed if group is not culprit and _build(group) == _build(culprit)]
+        failures.update({group.name: f"it is built like {culprit.name!r}: {failure}" for group in alike})
+        like.update({group.name: culprit.name for group in alike})
+        aside += alike
+        passed = [group for group in passed if group.name not in failures]
+    # Those set aside on the word of another, all at once: where they pass, only the one was at fault.
+    if aside and trial([*passed, *aside]) is None:
+        for group in aside:
+            del failures[group.name]
+    for name, failure in failures.items():
+        if name not in like:
+            others = sum(first == name and other in failures for other, first in like.items())
+            more = f" (and {others} built like it)" if others else ""
+            warnings.warn(f"Group {name!r} is left whole{more}: {failure}", stacklevel=3)
+    return [group.freeze(failures[group.name]) if group.name in failures else group for group in groups]
+
+
+def _first_at_fault(trial: _Trial, groups: Sequence[ChannelGroup], failure: str) -> tuple[ChannelGroup, str]:
+    """Return the group with which the groups up to it fail and without which they do not, and how they fail."""
+    low, high = 0, len(groups)  # the first `low` pass, the first `high` fail
+    while high - low > 1:
+        middle = (low + high) // 2
+        found = trial(groups[:middle])
+        if found is None:
+            low = middle
+        else:
+            high, failure = middle, found
+    return groups[high - 1], failure
+
+
+def _build(group: ChannelGroup) -> frozenset[tuple[str, str]]:
+    """Return which layers a group runs through, up to the numbers in their names."""
+    return frozenset((re.sub(r"\d+", "#", member.path), member.axis) for member in group.members)
+
+
+class _Trial:
+    """Cuts half of some groups and says how that fails; None when it does not."""
+
+    def __init__(self, model: nn.Module, groups: Sequence[ChannelGroup], example_inputs: Any) -> None:
+        self.model, self.groups, self.example_inputs = model, groups, example_inputs
+
+    def __call__(self, tried: Sequence[ChannelGroup]) -> str | None:
+        plan = PruningPlan(tuple(_without_half(group) for group in tried))
+        try:
+            parity = verify(self.model, plan, self.example_inputs, groups=self.groups)
+        except (PlanError, SurgeryError) as error:
+            return str(error)
+        return None if parity.ok else str(parity)
 
 
 def _randomised(model: nn.Module) -> nn.Module:
@@ -62,17 +105,6 @@ def _randomised(model: nn.Module) -> nn.Module:
             drawn = torch.rand(tensor.shape, generator=generator) + 0.5
             tensor.data.copy_(drawn)
     return model
-
-
-def _failure(
-    model: nn.Module, tried: Sequence[ChannelGroup], groups: Sequence[ChannelGroup], example_inputs: Any
-) -> str | None:
-    plan = PruningPlan(tuple(_without_half(group) for group in tried))
-    try:
-        parity = verify(model, plan, example_inputs, groups=groups)
-    except (PlanError, SurgeryError) as error:
-        return str(error)
-    return None if parity.ok else str(parity)
 
 
 def _without_half(group: ChannelGroup) -> GroupPlan:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
+from nni_plugin.adapters.torch_pruning.graph import forget_caches
 from nni_plugin.errors import PlanError
 from nni_plugin.groups import ChannelGroup
 from nni_plugin.plan import PruningPlan
@@ -206,7 +207,25 @@ def _sizes(model: nn.Module, plan: PruningPlan, groups: Iterable[ChannelGroup]) 
     for (path, axis), gone_positions in gone_by_axis.items():
         layer = model.get_submodule(path)
         sizes.setdefault(layer, {}).update(shrink_sizes(layer, axis, len(gone_positions)))
+    for group in groups:
+        gone = torch.ones(group.width, dtype=torch.bool)
+        gone[list(kept.get(group.name, range(group.width)))] = False
+        for size in group.sizes:
+            less = int(gone[size.channel].sum())
+            if less:
+                module = model.get_submodule(size.path)
+                values = sizes.setdefault(module, {})
+                values[size.name] = _lowered(values.get(size.name, getattr(module, size.name)), size.item, less)
     return sizes
+
+
+def _lowered(value: Any, item: int | None, less: int) -> object:
+    """Return a number, or a tuple or list with one of its numbers, lowered."""
+    if item is None:
+        return value - less
+    parts = list(value)
+    parts[item] -= less
+    return type(value)(parts) if type(value) in (tuple, list) else tuple(parts)
 
 
 def _commit(
@@ -229,6 +248,7 @@ def _commit(
     for layer, values in sizes.items():
         for key, value in values.items():
             setattr(layer, key, value)
+    forget_caches(model)
 
     def undo() -> None:
         for name, (data, gradient) in old.items():
@@ -240,6 +260,7 @@ def _commit(
         for layer, values in old_sizes.items():
             for key, value in values.items():
                 setattr(layer, key, value)
+        forget_caches(model)
 
     return undo
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,7 +19,6 @@ from nni_plugin.groups import ChannelGroup
 from nni_plugin.layers.removal import Removal, find_removal
 from nni_plugin.masks import mask_plan
 from nni_plugin.plan import PruningPlan
-from nni_plugin.tensors import CHANNEL_NORMS
 
 TOLERANCE = 1e-4
 """Largest accepted difference, relative to the largest output."""
@@ -87,7 +86,7 @@ def verify(
         return verify_with_blocks(model_before, plan, removal, example_inputs, tolerance=tolerance)
     found = list(find_groups(model_before, example_inputs) if groups is None else groups)
     check_fit(plan, found)
-    masked, compact = copy.deepcopy(model_before), copy.deepcopy(model_before)
+    masked, compact = copy.deepcopy(model_before), _copy_sharing_values(model_before)
     _fold_factors(masked, plan, found)
     mask_plan(masked, plan, found)
     cut_channels(compact, plan, found)
@@ -114,6 +113,17 @@ def verify_with_blocks(
     channels = verify(slim, rest, example_inputs, groups=groups, tolerance=tolerance)
     largest = max(parity.max_abs, channels.max_abs), max(parity.max_rel, channels.max_rel)
     return Parity(*largest, tolerance, channels.renormalised)
+
+
+def _copy_sharing_values(model: nn.Module) -> nn.Module:
+    """Return a copy whose tensors are new objects over the same values: cutting gives them values of their own."""
+    tensors: dict[int, Tensor] = {}
+    for tensor in (*model.parameters(), *model.buffers()):
+        data = tensor.detach()
+        tensors[id(tensor)] = (
+            nn.Parameter(data, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else data
+        )
+    return copy.deepcopy(model, tensors)
 
 
 def _difference(masked: nn.Module, compact: nn.Module, example_inputs: Any) -> tuple[float, float]:
@@ -159,44 +169,47 @@ def _fold_factors(model: nn.Module, plan: PruningPlan, groups: Sequence[ChannelG
 def _renormalise(
     masked: nn.Module, compact: nn.Module, plan: PruningPlan, groups: Sequence[ChannelGroup]
 ) -> tuple[str, ...]:
-    """Let the masked network's norms over channels see only those that remain; returns their names.
+    """Let the masked network's statistics over channels see only those that remain; returns the modules' names.
 
     Zeros among the normalised channels change the statistics of the others. That difference is right, and it must
-    not hide a wrong one, so each such layer gives what the compact one gives on the kept channels, zeros elsewhere.
+    not hide a wrong one, so each such module gives what the compact one gives on the kept channels, zeros elsewhere.
     """
     kept = plan.kept()
-    gone: dict[str, list[Tensor]] = {}
+    gone: dict[str, dict[tuple[str, int], list[Tensor]]] = {}
     for group in groups:
         out = torch.ones(group.width, dtype=torch.bool)
         out[list(kept.get(group.name, range(group.width)))] = False
-        for member in group.members:
-            if member.kind == "norm" and bool(out.any()):
-                gone.setdefault(member.path, []).append(member.index[out[member.channel]])
-    paths = [path for path in gone if isinstance(masked.get_submodule(path), CHANNEL_NORMS)]
-    for path in paths:
-        layer = masked.get_submodule(path)
-        removed = torch.unique(torch.cat(gone[path]))
-        layer.register_forward_hook(_on_kept(compact.get_submodule(path), removed, _width(layer)))
-    return tuple(sorted(paths))
+        for passage in group.passages:
+            if bool(out[passage.channel].any()):
+                sides = gone.setdefault(passage.path, {})
+                sides.setdefault((passage.side, passage.dim), []).append(passage.index[out[passage.channel]])
+    for path, sides in gone.items():
+        removed = {side: torch.unique(torch.cat(parts)) for side, parts in sides.items()}
+        masked.get_submodule(path).register_forward_hook(
+            _on_kept(compact.get_submodule(path), removed), with_kwargs=True
+        )
+    return tuple(sorted(gone))
 
 
-def _on_kept(layer: nn.Module, removed: Tensor, width: int) -> Any:
-    stays = torch.ones(width, dtype=torch.bool)
-    stays[removed] = False
-
-    def hook(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        values = inputs[0]
-        # Plain LayerNorm normalises the last dimension; GroupNorm and the 2-d kinds of LayerNorm have channels second.
-        dim = -1 if type(layer) is nn.LayerNorm or values.shape[1] != width else 1
-        index = stays.nonzero().flatten().to(values.device)
+def _on_kept(compact: nn.Module, removed: Mapping[tuple[str, int], Tensor]) -> Any:
+    def hook(_: nn.Module, inputs: tuple[Any, ...], keywords: dict[str, Any], output: Any) -> Any:
+        first, *rest = inputs
+        for (side, dim), index in removed.items():
+            if side == "in":
+                first = first.index_select(dim, _others(first.shape[dim], index).to(first.device))
+        got = compact(first, *rest, **keywords)
+        if not isinstance(output, Tensor):
+            return got
         result = torch.zeros_like(output)
-        return result.index_copy_(dim, index, layer(values.index_select(dim, index)))
+        places = {dim: _others(output.shape[dim], index) for (side, dim), index in removed.items() if side == "out"}
+        grid = [places.get(dim, torch.arange(size)).to(output.device) for dim, size in enumerate(output.shape)]
+        result[torch.meshgrid(*grid, indexing="ij")] = got
+        return result
 
     return hook
 
 
-def _width(layer: nn.Module) -> int:
-    if isinstance(layer, nn.GroupNorm):
-        return layer.num_channels
-    assert isinstance(layer, nn.LayerNorm)
-    return layer.normalized_shape[-1]
+def _others(size: int, removed: Tensor) -> Tensor:
+    stays = torch.ones(size, dtype=torch.bool)
+    stays[removed] = False
+    return stays.nonzero().flatten()

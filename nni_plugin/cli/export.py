@@ -1,4 +1,4 @@
-"""`nni-plugin export`: a saved network as ONNX or torch.export, kept only when it agrees with PyTorch."""
+"""`nni-plugin export`: a saved network as ONNX, torch.export or timm's files, kept only when it agrees with PyTorch."""
 
 from __future__ import annotations
 
@@ -9,18 +9,26 @@ import jsonargparse
 
 from nni_plugin.cli.arguments import add_common, integers, number
 
-DESCRIPTION = "Export a saved network to ONNX or torch.export, and check it against PyTorch."
+DESCRIPTION = "Export a saved network to ONNX, torch.export or files that timm alone loads; check it against PyTorch."
 
 FILES = {"onnx": "model.onnx", "torch-export": "model.pt2"}
-"""Name of the file that each format becomes."""
+"""Name of the file that each format becomes; those of timm's have the model's name."""
 
 
 def add_arguments(parser: jsonargparse.ArgumentParser) -> None:
     """Declare the flags of `export`."""
     parser.add_argument("directory", type=Path, help="folder that `prune` wrote")
-    parser.add_argument("--format", type=str, choices=tuple(FILES), default="onnx", help="what to write")
-    parser.add_argument("-b", "--batch-size", type=integers, default=(1, 4), help="batch sizes to check at")
-    parser.add_argument("--tolerance", type=number, default=1e-4, help="largest relative difference")
+    parser.add_argument(
+        "--format",
+        type=str,
+        choices=(*FILES, "timm"),
+        default="onnx",
+        help="what to write; timm: its pruned-text format",
+    )
+    parser.add_argument(
+        "-b", "--batch-size", type=integers, default=(1, 4), help="batch sizes to check ONNX and torch.export at"
+    )
+    parser.add_argument("--tolerance", type=number, default=1e-4, help="largest relative difference (timm: always 0)")
     add_common(parser, output_required=False)
 
 
@@ -33,20 +41,20 @@ def run(arguments: Any, command: str) -> None:
     import torch
 
     from nni_plugin.adapters.export import export_onnx, export_torch
+    from nni_plugin.adapters.timm_format import export_timm
     from nni_plugin.checkpoint import from_pretrained, input_shape_of
     from nni_plugin.workspace import output_folder
 
     torch.manual_seed(arguments.seed)
     model = from_pretrained(arguments.directory)
     shape = input_shape_of(arguments.directory)
-    export = {"onnx": export_onnx, "torch-export": export_torch}[arguments.format]
+    images = torch.randn(2, *shape)
+    sizes, tolerance = arguments.batch_size, arguments.tolerance
     with output_folder(arguments.output or arguments.directory) as folder:
-        file = folder / FILES[arguments.format]
-        parity = export(
-            model,
-            torch.randn(2, *shape),
-            file,
-            batch_sizes=arguments.batch_size,
-            tolerance=arguments.tolerance,
-        )
-    print(f"{file}: {parity}")
+        if arguments.format == "timm":
+            print(f"{folder}: {export_timm(model, images, folder)}")
+        else:
+            export = {"onnx": export_onnx, "torch-export": export_torch}[arguments.format]
+            file = folder / FILES[arguments.format]
+            parity = export(model, images, file, batch_sizes=sizes, tolerance=tolerance)
+            print(f"{file}: {parity}")

@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 
 import jsonargparse
 
-from nni_plugin.cli import correlate, experiment, export, layers, measure, prune
+from nni_plugin.cli import correlate, coverage, experiment, export, layers, measure, prune
 from nni_plugin.errors import NNIPluginError
 
 COMMANDS: dict[str, ModuleType] = {
@@ -22,6 +22,7 @@ COMMANDS: dict[str, ModuleType] = {
     "export": export,
     "correlate": correlate,
     "layers": layers,
+    "coverage": coverage,
     "experiment": experiment,
 }
 """Each has `DESCRIPTION`, `add_arguments(parser)` and `run(arguments, command_line)`."""

@@ -83,7 +83,7 @@ def add_job(parser: jsonargparse.ArgumentParser) -> None:
     )
     add("--divide-by-blocks", action="store_true", help="divide a residual score by the blocks that share its gate")
     add("--stages", type=fractions, default={}, help="channels to keep by stage, layer1=0.7,layer2=0.4: a proportion")
-    add("--round-to", type=above(1), default=1, help="make widths multiples of this")
+    add("--round-to", type=above(1), help="make widths multiples of this (8 on CUDA, else 1)")
     add("--min-channels", type=above(1), default=1, help="make no layer narrower than this")
     add("--ignore", type=names, default=(), help="layers (or blocks) to leave whole, by name, separated by commas")
     add(

@@ -30,6 +30,7 @@ from nni_plugin.performance.options import SearchOptions
 from nni_plugin.performance.search import PerformanceMaximization
 from nni_plugin.plan import PruningPlan
 from nni_plugin.planner import unchanged
+from nni_plugin.rounding import rounding_of
 
 SearchBudget = MACs | Params | TableLatency
 
@@ -46,7 +47,7 @@ class PerformancePlanner:
         budget: `MACs`, `Params` or `TableLatency` kept.
         options: How the search goes.
         accuracy_fn: `accuracy_fn(output, batch)` -> a fraction in [0, 1].
-        round_to: Widths become multiples of this (the nearest), or stay whole.
+        round_to: Widths become multiples of this (the nearest), or stay whole; None: 8 for a model on CUDA, else 1.
         min_channels: No group gets narrower.
         ignore: Layers to leave whole, as modules or names; the classifier always is.
 
@@ -68,20 +69,20 @@ class PerformancePlanner:
         *,
         options: SearchOptions | None = None,
         accuracy_fn: AccuracyFn = top1,
-        round_to: int = 1,
+        round_to: int | None = None,
         min_channels: int = 1,
         ignore: Iterable[str | nn.Module] = (),
     ) -> None:
         options = options or SearchOptions()
         self.model, self.budget, self.example_inputs = model, budget, on_device_of(model, example_inputs)
-        self._asked = {"budget": repr(budget), "round_to": round_to, "min_channels": min_channels}
+        self._rounding = {"round_to": rounding_of(round_to, model), "min_channels": min_channels}
+        self._asked = {"budget": repr(budget), **self._rounding}
         found = find_groups(model, self.example_inputs, ignore=ignore)
         self._all_groups = sound_groups(model, found, self.example_inputs)
         self.groups = sound_gates(model, gated_groups(self._all_groups, options.select), self.example_inputs)
         layout = ArchitectureLayout(self.groups, next(model.parameters()).device)
         self.cost = ArchitectureCost(model, self.example_inputs, layout)
         self._objective, limit = self._aim(layout)
-        self._rounding = {"round_to": round_to, "min_channels": min_channels}
         self.discretiser = Discretiser(layout, self._predict, limit, **self._rounding)
         target = CostTarget(self._objective, limit)
         self.search = PerformanceMaximization(model, self.groups, target, loss_fn, options, accuracy_fn)
@@ -167,7 +168,7 @@ def plan_performance(
     held_out: Iterable[Any] | None = None,
     options: SearchOptions | None = None,
     accuracy_fn: AccuracyFn = top1,
-    round_to: int = 1,
+    round_to: int | None = None,
     min_channels: int = 1,
     ignore: Iterable[str | nn.Module] = (),
     state: Mapping[str, Any] | None = None,
@@ -185,7 +186,7 @@ def plan_performance(
             None takes the deterministic architecture of the gates.
         options: How the search goes.
         accuracy_fn: `accuracy_fn(output, batch)` -> a fraction in [0, 1].
-        round_to: Widths become multiples of this (the nearest), or stay whole.
+        round_to: Widths become multiples of this (the nearest), or stay whole; None: 8 for a model on CUDA, else 1.
         min_channels: No group gets narrower.
         ignore: Layers to leave whole, as modules or names; the classifier always is.
         state: The `state_dict()` of a search that was killed, to go on from.

@@ -160,6 +160,8 @@ def _norms_behind(group: ChannelGroup) -> dict[nn.Module, list[tuple[_BatchNorm,
     Returns:
         By layer, the normalisations, each with its own position of every output channel of the layer.
     """
+    if group.host is None:
+        return {}
     names = group.host._DG._module2name
     outs = [member for member in group.members if member.axis == "out"]
     found: dict[nn.Module, list[tuple[_BatchNorm, Tensor]]] = {}

@@ -161,7 +161,7 @@ def _follow(
     names = _names_of_all(model)
     own = [_kept_by(model, group.width, member, masks, names) for member in group.members]
     asked = ~torch.stack(own).all(0)
-    if not bool(asked.any()):
+    if group.host is None or not bool(asked.any()):
         return asked, ~asked, []
     covered, outs, ins = _nodes(group, own)
     gates = _gates(covered, outs)

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from latency_by_macs import measure_layer
 
 from nni_plugin.adapters.training import TrainingConfig
 from nni_plugin.benchmarks import __main__ as command_line
@@ -20,6 +21,7 @@ from nni_plugin.benchmarks.presets import DENSE, reductions
 from nni_plugin.cost import count
 from nni_plugin.errors import CriterionError, DataError, OutputError
 from nni_plugin.latency import Latency, LatencyPair
+from nni_plugin.latency_table import LayerLatencies
 from nni_plugin.layers import rank_agreement, removal_order
 
 TRAINING = TrainingConfig(epochs=1, opt="momentum", lr=0.05)
@@ -61,6 +63,7 @@ def small() -> Iterator[None]:
         patch.setattr(layerprune, "numbers_of", lambda *_: TINY)
         patch.setattr(layerprune_study, "measure_pair", by_macs)
         patch.setattr("nni_plugin.latency_budget.measure_pair", by_macs)
+        patch.setattr("nni_plugin.latency_budget.table_of", lambda place: LayerLatencies(place, None, measure_layer))
         patch.setattr(layerprune_tables, "STEPS", 2)
         patch.setattr(layerprune_tables, "FILTER_CRITERIA", ("taylor-fo",))
         patch.setattr(layerprune_tables, "OF_TABLE_3", ("magnitude",))

@@ -20,6 +20,7 @@ PROMISED = {
         "--channels", "--schedule", "--epochs", "--pretrain-epochs", "--resume",
     },
     "correlate": {"--model", "--library", "--checkpoint", "--dataset", "--data-dir", "--methods", "--resume"},
+    "coverage": {"--models", "--library", "--all", "--macs", "--seconds", "--workers", "--resume"},
     "layers": {"--model", "--library", "--checkpoint", "--dataset", "--data-dir", "--criteria", "--resume"},
     "experiment": {"--model", "--dataset", "--macs", "--search-space", "--max-trials", "--tuner", "--training-service"},
     "measure": {"--model", "--library", "--batch-size"},

@@ -6,8 +6,10 @@ import shutil
 
 import pytest
 import torch
+from checkpoints import pruned as pruned_of
 
-from nni_plugin.checkpoint import from_pretrained
+from nni_plugin.adapters.models import create_model
+from nni_plugin.checkpoint import from_pretrained, save_pretrained
 
 COLUMNS = [
     "batch_size", "macs", "params", "latency_median_ms", "latency_iqr_ms", "images_per_second",
@@ -79,6 +81,30 @@ def test_export_goes_into_the_folder_itself(command, pruned, tmp_path):
     folder = shutil.copytree(pruned, tmp_path / "copy")
     assert command("export", folder, "--format", "torch-export").code == 0
     assert (folder / "model.pt2").is_file()
+
+
+def test_export_for_timm(command, tmp_path, monkeypatch):
+    torch.manual_seed(0)
+    folder = save_pretrained(pruned_of(create_model("resnet10t")), tmp_path / "pruned", example_input_shape=(3, 32, 32))
+    said = command("export", folder, "--format", "timm", "--output", tmp_path / "for timm")
+    assert said.code == 0, said.err
+    first, _, lines = said.out.partition("\n")
+    assert first.startswith(f"{tmp_path / 'for timm'}: resnet10t.txt and resnet10t.safetensors")
+
+    monkeypatch.chdir(tmp_path / "for timm")
+    scope: dict[str, torch.nn.Module] = {}
+    exec(compile(lines, "printed", "exec"), scope)
+    images = torch.randn(3, 3, 32, 32)
+    with torch.inference_mode():
+        assert torch.equal(scope["model"](images), from_pretrained(folder)(images))
+
+
+def test_export_for_timm_of_another_network(command, pruned, tmp_path):
+    said = command("export", pruned, "--format", "timm", "--output", tmp_path / "out")
+    assert said.code == 2
+    assert len(said.errors) == 1, said.err
+    assert "nni_plugin/resnet20" in said.errors[0]
+    assert not (tmp_path / "out").exists()
 
 
 def test_export_that_differs_too_much_is_not_kept(command, pruned, tmp_path):

@@ -276,16 +276,28 @@ def test_what_cannot_be_traced_is_said() -> None:
     with pytest.raises(GraphError, match="Check that it runs"):
         find_groups(chain(), X[:, :2])
 
-    class Cut(nn.Module):
+    class Deaf(nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.conv = nn.Conv2d(3, 4, 1)
 
         def forward(self, x: Tensor) -> Tensor:
-            return self.conv(x).detach()
+            return torch.ones(2, 4, dtype=x.dtype)
 
-    with pytest.raises(GraphError, match=r"."):
-        find_groups(Cut().double(), X)
+    with pytest.raises(GraphError, match="no tensor that depends"):
+        find_groups(Deaf().double(), X)
+
+
+def test_what_autograd_does_not_see_is_followed() -> None:
+    class Cut(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 2, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.second(self.first(x).detach())
+
+    assert [(g.name, g.fixed is None) for g in find_groups(Cut().double(), X)] == [("first", True), ("second", False)]
 
 
 def test_after_a_failed_trace_the_network_is_as_before() -> None:

@@ -10,6 +10,7 @@ from torch import nn
 from nni_plugin import GroupPlan, PruningPlan, verify
 from nni_plugin.adapters.torch_pruning import Parity, find_groups, sound_groups
 from nni_plugin.errors import PlanError, SurgeryError
+from nni_plugin.groups import ChannelGroup
 
 X = torch.randn(2, 3, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 
@@ -97,8 +98,8 @@ def test_ok_is_a_matter_of_tolerance() -> None:
     assert not Parity(float("inf"), float("inf"), 1e-4).ok
 
 
-class Flipped(nn.Module):
-    """Channels turned round between two layers, beside a norm over channels: read wrongly by the graph."""
+class Normed(nn.Module):
+    """Two layers, the first behind a norm over channels."""
 
     def __init__(self, norm: nn.Module) -> None:
         super().__init__()
@@ -106,14 +107,56 @@ class Flipped(nn.Module):
         self.second, self.fc = nn.Conv2d(8, 6, 1), nn.Linear(6, 3)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = self.first(self.norm(self.stem(x)).relu()).relu().flip(1)
+        x = self.first(self.norm(self.stem(x)).relu()).relu()
         return self.fc(self.second(x).mean((2, 3)))
+
+
+def misread(group: ChannelGroup) -> ChannelGroup:
+    """Take the readers' channels for those from the other end."""
+    members = []
+    for member in group.members:
+        if member.axis == "in":
+            pieces = tuple(replace(piece, index=piece.index.flip(0)) for piece in member.slices)
+            member = replace(member, index=member.index.flip(0), slices=pieces)
+        members.append(member)
+    return replace(group, members=tuple(members))
 
 
 @pytest.mark.parametrize("norm", [nn.BatchNorm2d(8), nn.GroupNorm(2, 8)])
 def test_a_norm_does_not_hide_what_is_wrong_elsewhere(norm: nn.Module) -> None:
-    model = Flipped(norm).double()
+    model = Normed(norm).double()
     nn.init.zeros_(norm.weight)  # nor does a branch that starts at zero
+    wrong = [misread(group) if group.name == "first" else group for group in find_groups(model, X)]
     with pytest.warns(UserWarning, match="'first' is left whole"):
-        groups = sound_groups(model, find_groups(model, X), X)
+        groups = sound_groups(model, wrong, X)
     assert [group.name for group in groups if group.fixed is None] == ["stem", "second"]
+
+
+class Blocks(nn.Module):
+    """Three residual blocks of one make."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 6, 1)
+        self.blocks = nn.ModuleList(
+            nn.Sequential(nn.Conv2d(6, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 6, 1))
+            for _ in range(3)
+        )
+        self.fc = nn.Linear(6, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.stem(x)
+        for block in self.blocks:
+            x = x + block(x)
+        return self.fc(x.relu().mean((2, 3)))
+
+
+@pytest.mark.parametrize("at_fault", [["blocks.1.0"], ["blocks.0.0", "blocks.1.0", "blocks.2.0"]])
+def test_groups_built_alike_fail_together_or_are_tried_again(at_fault: list[str]) -> None:
+    model = Blocks().double()
+    found = find_groups(model, X)
+    wrong = [misread(group) if group.name in at_fault else group for group in found]
+    with pytest.warns(UserWarning, match="left whole") as said:
+        groups = sound_groups(model, wrong, X)
+    assert ["(and 2 built like it)" in str(one.message) for one in said] == [len(at_fault) == 3]
+    assert [group.name for group in groups if group.fixed] == [*at_fault, "fc"]
