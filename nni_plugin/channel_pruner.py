@@ -13,7 +13,7 @@ import dataclasses
 import math
 import time
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Literal
 
@@ -35,17 +35,19 @@ from nni_plugin.compensation import fold_factors
 from nni_plugin.cost import on_device_of
 from nni_plugin.criteria.base import Criterion
 from nni_plugin.errors import BudgetError, CriterionError, GraphError, ScheduleError, SurgeryError
-from nni_plugin.groups import ChannelGroup, narrowed
+from nni_plugin.groups import ChannelGroup
 from nni_plugin.latency_budget import LatencyMeter
 from nni_plugin.live_plan import LivePlan
 from nni_plugin.masks import Masks
+from nni_plugin.narrowing import narrowed
+from nni_plugin.parts import DEFAULT_PARTS, checked_parts
 from nni_plugin.plan import PruningPlan
 from nni_plugin.processes import agreed, pooled_mean
 from nni_plugin.rounding import rounding_of
 from nni_plugin.schedules import OneShot, Schedule
 from nni_plugin.scorer import ForeignCriterion, Scorer
 from nni_plugin.selection import Ranking
-from nni_plugin.stages import check_stages, turns
+from nni_plugin.stages import check_stages, turns, turns_by_make
 
 Selection = Literal["all", "skip-only", "no-skip"]
 
@@ -70,6 +72,8 @@ class ChannelPruner:
         divide_by_blocks: Divide the score of a residual group by the number of blocks that share its gate.
         stages: Fraction of channels to keep by prefix of layer names: removed fractions are in this proportion, at
             the budget; layers of no stage stay whole. Empty: one ranking over all layers.
+        isomorphic: Compare groups built alike with each other alone; all kinds lose the same fraction.
+        parts: Which parts of a transformer may shrink: `"heads"` or `"head_dim"`, `"mlp"`, `"embedding"`.
         cut: When channels leave the network physically.
         optimizer: The optimizer that trains the network, to be cut along; a training state sets it too.
         ema: A moving average of the network, likewise.
@@ -94,6 +98,8 @@ class ChannelPruner:
         cost_aware: bool | None = None,
         divide_by_blocks: bool = False,
         stages: Mapping[str, float] | None = None,
+        isomorphic: bool = False,
+        parts: Collection[str] = DEFAULT_PARTS,
         cut: Literal["end", "step", "never"] = "end",
         optimizer: torch.optim.Optimizer | None = None,
         ema: nn.Module | None = None,
@@ -107,6 +113,9 @@ class ChannelPruner:
         self.round_to, self.min_channels, self.cut_when = rounding_of(round_to, model), min_channels, cut
         self.scorer = Scorer(criterion)
         self.select, self.divide_by_blocks, self.stages = select, divide_by_blocks, dict(stages or {})
+        self.isomorphic, self.parts = isomorphic, checked_parts(parts)
+        if isomorphic and self.stages:
+            raise BudgetError("Expected stages or isomorphic, got both: each says which groups lose the same fraction.")
         self.cost_aware = self.scorer.cost_aware if cost_aware is None else cost_aware
         self.optimizer, self.ema = optimizer, ema
         self._state: Any = None
@@ -114,7 +123,7 @@ class ChannelPruner:
         if isinstance(budget, Layers):
             raise BudgetError(f"{budget} counts whole blocks, and channels leave: plan with plan_layers.")
         self.meter = LatencyMeter(model, self._inputs(), budget) if isinstance(budget, Latency) else None
-        groups = find_groups(model, self._inputs(), ignore=ignore, keep_host=self.scorer.foreign)
+        groups = find_groups(model, self._inputs(), ignore=ignore, keep_host=self.scorer.foreign, parts=self.parts)
         self._take(sound_groups(model, groups, self._inputs()))
         self.dense: Size = self._fit.dense
         self.live = LivePlan(self.groups)
@@ -255,6 +264,8 @@ class ChannelPruner:
             "select": self.select,
             "cost_aware": self.cost_aware,
             **({"stages": self.stages} if self.stages else {}),
+            **({"isomorphic": True} if self.isomorphic else {}),
+            **({"parts": sorted(self.parts)} if self.parts != frozenset(DEFAULT_PARTS) else {}),
             **({"latency": self.timing} if self.timing else {}),
         }
         identity = getattr(self.model, "nni_plugin_identity", None)
@@ -335,7 +346,7 @@ class ChannelPruner:
     @property
     def _additive(self) -> bool:
         """Whether scores say what channels are worth, and not when they go (in one order, or at a stage's turn)."""
-        return not (self.scorer.is_ranking or self.stages)
+        return not (self.scorer.is_ranking or self.stages or self.isomorphic)
 
     def _due(self) -> bool:
         return self.schedule.due(self._since_check, self._loss_sum / max(self._since_check, 1))
@@ -345,6 +356,8 @@ class ChannelPruner:
             scores = {group.name: scores[group.name] / group.blocks for group in self.groups}
         if self.stages:
             scores = turns(self.groups, scores, self.stages, self.live.dense_widths)
+        elif self.isomorphic:
+            scores = turns_by_make(self.groups, scores, self.live.dense_widths)
         return self._fit.ranking(
             self.groups,
             scores,
@@ -423,7 +436,10 @@ class ChannelPruner:
         groups = narrowed(self._all_groups, kept)
         self.live.narrow()
         if self.scorer.foreign and not self.done:
-            hosts = {group.name: group.host for group in find_groups(self.model, self._inputs(), keep_host=True)}
+            hosts = {
+                group.name: group.host
+                for group in find_groups(self.model, self._inputs(), keep_host=True, parts=self.parts)
+            }
             groups = [dataclasses.replace(group, host=hosts.get(group.name)) for group in groups]
         self._take(groups)
         self._note_plan()

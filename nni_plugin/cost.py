@@ -8,7 +8,7 @@ pooling and additions count as nothing. Parameters are counted once each, howeve
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
 
 import torch
@@ -60,9 +60,11 @@ def call(model: nn.Module, example_inputs: Any) -> Any:
 
 
 def tensors_in(value: Any) -> list[Tensor]:
-    """Return every tensor in nested tuples, lists, dicts and dataclass-like outputs, in order."""
+    """Return every tensor in nested tuples, lists, dicts and dataclasses, in order."""
     if isinstance(value, Tensor):
         return [value]
+    if is_dataclass(value) and not isinstance(value, (type, Mapping)):
+        value = [getattr(value, field.name) for field in fields(value)]
     if isinstance(value, Mapping):
         value = list(value.values())
     if isinstance(value, Sequence) and not isinstance(value, str):

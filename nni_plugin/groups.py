@@ -16,6 +16,7 @@ scale) only one factor carries the gate.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -127,6 +128,7 @@ class ChannelGroup:
             count the second way twice, and only the readers' side gives the channel's gate.
         sizes: Numbers among modules' own attributes that count these channels.
         passages: Where these channels enter and leave modules whose statistics change when one is removed.
+        part: Which part of a transformer they are: `"heads"`, `"head_dim"`, `"mlp"`, `"embedding"`; `""` elsewhere.
     """
 
     name: str
@@ -137,6 +139,7 @@ class ChannelGroup:
     forked: bool = False
     sizes: tuple[SizeAttribute, ...] = ()
     passages: tuple[Passage, ...] = ()
+    part: str = ""
 
     @property
     def writers(self) -> tuple[Member, ...]:
@@ -159,6 +162,8 @@ class ChannelGroup:
 
         Channels tied by a grouped convolution or a GroupNorm share a label.
         """
+        if all(member.ties is None for member in self.members):
+            return torch.arange(self.width)
         label = list(range(self.width))
 
         def root(i: int) -> int:
@@ -182,6 +187,11 @@ class ChannelGroup:
     def units(self) -> int:
         """Number of units of removal."""
         return int(self.unit.max()) + 1
+
+    @cached_property
+    def make(self) -> frozenset[tuple[str, str]]:
+        """Which layers the channels run through, up to the numbers in their names: equal in blocks built alike."""
+        return frozenset((re.sub(r"\d+", "#", member.path), member.axis) for member in self.members)
 
     @property
     def least(self) -> int:
@@ -266,77 +276,6 @@ class ChannelGroup:
                 replace(member, writer=is_out and steps[node] in writers, beside=is_out and steps[node] in beside)
             )
         return cls(name=members[0].path, width=len(number), members=tuple(members), host=group, forked=forked)
-
-
-def narrowed(groups: Iterable[ChannelGroup], kept: Mapping[str, Tensor]) -> list[ChannelGroup]:
-    """Renumber groups for the network in which each keeps only some of its channels.
-
-    Args:
-        groups: All groups of the network.
-        kept: Ascending channel indices that remain, by group name; groups not named keep all.
-
-    Returns:
-        The same groups by name, without the graph's own form.
-    """
-    groups = list(groups)
-    alive = {}
-    for group in groups:
-        alive[group.name] = torch.zeros(group.width, dtype=torch.bool)
-        alive[group.name][kept.get(group.name, torch.arange(group.width))] = True
-    removed: dict[tuple[str, Any], list[Tensor]] = {}
-    for group in groups:
-        for member in group.members:
-            removed.setdefault((member.path, member.axis), []).append(member.index[~alive[group.name][member.channel]])
-            for piece in member.slices:
-                gone = piece.index[~alive[group.name][piece.channel]]
-                removed.setdefault((piece.tensor, piece.dim), []).append(gone)
-        for passage in group.passages:
-            gone = passage.index[~alive[group.name][passage.channel]]
-            removed.setdefault((passage.path, (passage.side, passage.dim)), []).append(gone)
-    gone_at = {key: torch.unique(torch.cat(parts)) for key, parts in removed.items()}
-
-    def renumber(key: tuple[str, Any], index: Tensor) -> Tensor:
-        return index - torch.searchsorted(gone_at[key], index)
-
-    result = []
-    for group in groups:
-        rank = alive[group.name].cumsum(0) - 1
-        members = []
-        for member in group.members:
-            stays = alive[group.name][member.channel]
-            slices = tuple(
-                replace(
-                    piece,
-                    index=renumber((piece.tensor, piece.dim), piece.index[on]),
-                    channel=rank[piece.channel[on]],
-                )
-                for piece in member.slices
-                for on in (alive[group.name][piece.channel],)
-            )
-            members.append(
-                replace(
-                    member,
-                    index=renumber((member.path, member.axis), member.index[stays]),
-                    channel=rank[member.channel[stays]],
-                    slices=slices,
-                    ties=None if member.ties is None else member.ties[stays],
-                )
-            )
-        sizes = tuple(
-            replace(size, channel=rank[size.channel[alive[group.name][size.channel]]]) for size in group.sizes
-        )
-        passages = tuple(
-            replace(
-                passage,
-                index=renumber((passage.path, (passage.side, passage.dim)), passage.index[on]),
-                channel=rank[passage.channel[on]],
-            )
-            for passage in group.passages
-            for on in (alive[group.name][passage.channel],)
-        )
-        width = int(alive[group.name].sum())
-        result.append(replace(group, width=width, members=tuple(members), host=None, sizes=sizes, passages=passages))
-    return result
 
 
 def _is_layer(node: Any) -> bool:

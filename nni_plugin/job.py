@@ -20,6 +20,7 @@ from nni_plugin.channel_pruner import Selection
 from nni_plugin.cost import count
 from nni_plugin.errors import ModelError, TrainingError
 from nni_plugin.layers.candidates import Candidates
+from nni_plugin.parts import DEFAULT_PARTS
 from nni_plugin.schedules import Continuous, Iterative, OneShot, Schedule
 
 
@@ -60,6 +61,8 @@ class Job:
         divide_by_blocks: Divide the score of a residual group by the number of blocks that share its gate.
         stages: Fraction of channels to keep by stage (a prefix of layer names): removed fractions are in this
             proportion, at the budget; layers of no stage stay whole. Empty: all layers are ranked together.
+        isomorphic: Compare layers built alike with each other alone; all kinds lose the same fraction.
+        parts: Which parts of a transformer may shrink: `"heads"` or `"head_dim"`, `"mlp"`, `"embedding"`.
         reconstruct: After one-shot pruning solve each layer's weights anew so that it gives what it gave in the dense
             network; None: for `obs`.
         reestimate: Estimate the statistics of batch normalisations anew after pruning without training.
@@ -97,6 +100,8 @@ class Job:
     cost_aware: bool | None = None
     divide_by_blocks: bool = False
     stages: Mapping[str, float] = field(default_factory=dict)
+    isomorphic: bool = False
+    parts: tuple[str, ...] = DEFAULT_PARTS
     reconstruct: bool | None = None
     reestimate: bool = False
     pretrain: TrainingConfig = field(default_factory=lambda: TrainingConfig(epochs=0))

@@ -29,9 +29,9 @@ from nni_plugin.planner import run_without_training, unchanged
 from nni_plugin.schedules import Gradual, OneShot
 from nni_plugin.search_plans import SEARCHES, GateSearch, check_search, plan_by_search
 
-_OF_CHANNELS = ("round_to", "min_channels", "select", "cost_aware", "divide_by_blocks", "stages")
+_OF_CHANNELS = ("round_to", "min_channels", "select", "cost_aware", "divide_by_blocks", "stages", "isomorphic", "parts")
 _OF_SEARCHES = ("search_steps", "search_kwargs")
-_NOT_OF_SEARCHES = ("cost_aware", "divide_by_blocks", "stages", "score_steps")
+_NOT_OF_SEARCHES = ("cost_aware", "divide_by_blocks", "stages", "score_steps", "isomorphic", "parts")
 _NAMED = {*_OF_CHANNELS, *_OF_SEARCHES, *_NOT_OF_SEARCHES}
 _DEFAULTS = {name: getattr(Job(model="", output=Path(), budget=Layers(1)), name) for name in _NAMED}
 
@@ -93,6 +93,8 @@ def pruner_of(
         cost_aware=job.cost_aware,
         divide_by_blocks=job.divide_by_blocks,
         stages=job.stages,
+        isomorphic=job.isomorphic,
+        parts=job.parts,
         cut=cut,
     )
 
@@ -122,7 +124,7 @@ def check_job(job: Job, method: Any, model: nn.Module, examples: Tensor) -> None
     if isinstance(method, JointGates):
         if isinstance(job.budget, (Channels, Layers)):
             raise BudgetError(f"{job.method} removes channels and layers: give --latency, --macs or --params.")
-        _refuse_in_vain(job, ("select", "cost_aware", "divide_by_blocks", "stages"))
+        _refuse_in_vain(job, ("select", "cost_aware", "divide_by_blocks", "stages", "isomorphic", "parts"))
         check_jointly(
             model,
             examples,

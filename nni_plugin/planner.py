@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence, Sized
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,6 +17,7 @@ from nni_plugin.compensation import reestimate_batchnorm
 from nni_plugin.criteria.base import Criterion
 from nni_plugin.errors import CriterionError, ScheduleError
 from nni_plugin.groups import ChannelGroup
+from nni_plugin.parts import DEFAULT_PARTS
 from nni_plugin.plan import PruningPlan
 from nni_plugin.processes import pooled_mean
 from nni_plugin.schedules import Continuous, Gradual, OneShot, Schedule
@@ -38,6 +39,8 @@ def plan_channels(
     select: Selection = "all",
     cost_aware: bool | None = None,
     divide_by_blocks: bool = False,
+    isomorphic: bool = False,
+    parts: Collection[str] = DEFAULT_PARTS,
     reestimate: bool = False,
 ) -> PruningPlan:
     """Choose the channels to keep so that a network meets a budget.
@@ -61,6 +64,8 @@ def plan_channels(
         cost_aware: Rank by loss per unit of what the budget counts; None: as the criterion wants it. Under `Latency` a
             knapsack weighs loss against time in any case.
         divide_by_blocks: Divide the score of a residual group by the number of blocks that share its gate.
+        isomorphic: Compare groups built alike with each other alone; all kinds lose the same fraction.
+        parts: Which parts of a transformer may shrink: `"heads"` or `"head_dim"`, `"mlp"`, `"embedding"`.
         reestimate: Estimate the statistics of batch normalisations anew after each step of a schedule. A plan
             holds no statistics: call `reestimate_batchnorm` on the pruned network as well.
 
@@ -89,6 +94,8 @@ def plan_channels(
             select=select,
             cost_aware=cost_aware,
             divide_by_blocks=divide_by_blocks,
+            isomorphic=isomorphic,
+            parts=parts,
             cut="never",
         )
         return run_without_training(pruner, batches, loss_fn, reestimate=reestimate)

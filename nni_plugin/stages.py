@@ -63,6 +63,32 @@ def turns(
     return turn
 
 
+def turns_by_make(
+    groups: Sequence[ChannelGroup], scores: Mapping[str, Tensor], widths: Mapping[str, int]
+) -> dict[str, Tensor]:
+    """Return scores by which groups built alike are compared with each other alone, and all lose the same fraction.
+
+    Isomorphic ranking (Fang et al., ECCV 2024, section 3.2): scores of an attention, an MLP and a residual stream are
+    on scales of their own, and one ranking over all empties whichever is lowest.
+
+    Args:
+        groups: The groups to choose from.
+        scores: One score a channel by group name, higher = keep; `-inf` of one that is gone, `inf` of one that stays.
+        widths: Channels of each group of the dense network, which fractions refer to.
+
+    Returns:
+        Turns by group name, as :func:`turns` does.
+    """
+    alike: dict[frozenset[tuple[str, str]], list[ChannelGroup]] = {}
+    for group in groups:
+        alike.setdefault(group.make, []).append(group)
+    turn: dict[str, Tensor] = {}
+    for inside in alike.values():
+        dense = sum(widths[group.name] for group in inside)
+        turn.update(_in_one_stage(inside, scores, float(dense), dense))
+    return turn
+
+
 def _in_one_stage(
     groups: Sequence[ChannelGroup], scores: Mapping[str, Tensor], to_go: float, dense: int
 ) -> dict[str, Tensor]:

@@ -19,9 +19,9 @@ FOLDERS = {
 
 # The house, lowest room first. A module may import from its own floor and from the floors below.
 FLOORS = (
-    frozenset({"errors", "machine", "processes", "tensors", "flow", "cost", "latency", "renumbering"}),
+    frozenset({"errors", "machine", "processes", "tensors", "flow", "parts", "cost", "latency", "renumbering"}),
     frozenset({"groups"}),
-    frozenset({"tracing", "compensation"}),
+    frozenset({"tracing", "compensation", "narrowing"}),
     frozenset({"latency_cache", "latency_table", "rounding"}),
     frozenset({"plan", "masks", "networks", "workspace", "correlation", "search_space"}),
     frozenset({"report", "report_plots"}),

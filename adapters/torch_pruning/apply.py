@@ -14,12 +14,14 @@ from torch import nn
 
 from nni_plugin.adapters.torch_pruning.blocks import channel_part, check_units, note_removed
 from nni_plugin.adapters.torch_pruning.graph import find_groups
+from nni_plugin.adapters.torch_pruning.probe import sound_groups
 from nni_plugin.adapters.torch_pruning.surgery import cut_channels
 from nni_plugin.adapters.torch_pruning.verify import Parity, verify, verify_with_blocks
 from nni_plugin.cost import call
 from nni_plugin.errors import PlanError, SurgeryError
 from nni_plugin.groups import ChannelGroup
 from nni_plugin.layers.removal import Removal, find_removal
+from nni_plugin.parts import parts_of
 from nni_plugin.plan import PruningPlan
 
 
@@ -51,17 +53,32 @@ def apply_plan(
     """
     if plan.removed_blocks:
         return _apply_with_blocks(model, plan, example_inputs, check)
-    found = list(find_groups(model, example_inputs) if groups is None else groups)
+    found = list(find_groups(model, example_inputs, parts=parts_of(plan)) if groups is None else groups)
+    try:
+        _cut(model, plan, found, example_inputs, check)
+    except SurgeryError:
+        if groups is not None:
+            raise
+        # A number that equals a width by chance shows only when it is tried, as it was when the plan was made.
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            sound = sound_groups(model, found, example_inputs)
+        if [len(group.sizes) for group in sound] == [len(group.sizes) for group in found]:
+            raise
+        _cut(model, plan, sound, example_inputs, check)
+    return model
+
+
+def _cut(model: nn.Module, plan: PruningPlan, groups: list[ChannelGroup], example_inputs: Any, check: bool) -> None:
     if check:
-        _prove(verify(model, plan, example_inputs, groups=found))
+        _prove(verify(model, plan, example_inputs, groups=groups))
     if plan.channels_removed == 0 and not any(group.factors for group in plan.groups):
-        warnings.warn("The plan removes nothing: the network stays as it is.", stacklevel=3)
+        warnings.warn("The plan removes nothing: the network stays as it is.", stacklevel=4)
     composed = _composed(model, plan)
     with _put_back_on_error() as stack:
-        stack.callback(cut_channels(model, plan, found))
+        stack.callback(cut_channels(model, plan, groups))
         _run(model, example_inputs)
     model.pruning_plan = composed  # type: ignore[assignment]
-    return model
 
 
 def _apply_with_blocks(model: nn.Module, plan: PruningPlan, example_inputs: Any, check: bool) -> nn.Module:

@@ -9,7 +9,7 @@ be cut.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from nni_plugin.cost import call, tensors_in
 from nni_plugin.errors import GraphError
 from nni_plugin.groups import ChannelGroup
+from nni_plugin.parts import DEFAULT_PARTS, checked_parts
 from nni_plugin.tracing import coupled_groups
 
 _HOST_ERRORS = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
@@ -33,6 +34,7 @@ def find_groups(
     *,
     ignore: Iterable[str | nn.Module] = (),
     keep_host: bool = False,
+    parts: Collection[str] = DEFAULT_PARTS,
 ) -> list[ChannelGroup]:
     """Find every coupled channel group of a network.
 
@@ -43,6 +45,7 @@ def find_groups(
             The group of the network's output (the classifier) is always left whole.
         keep_host: Add Torch-Pruning's own group to each (`.host`), for its importances, which read that form
             (DepGraph, CVPR 2023). It holds the traced forward pass in memory.
+        parts: Which parts of a transformer may shrink, of `nni_plugin.parts.PARTS`.
 
     Returns:
         All groups in the order of the network's modules, the ones to be left whole with `.fixed` set.
@@ -55,7 +58,7 @@ def find_groups(
         raise GraphError(f"{type(model).__name__} has no parameters; there is nothing to prune.")
     with _traceable(model, example_inputs) as inputs:
         with _refused(model):
-            groups = coupled_groups(model, inputs)
+            groups = coupled_groups(model, inputs, parts=checked_parts(parts))
         if keep_host:
             groups = _with_hosts(model, inputs, groups)
     reasons = [group.fixed or _reason_to_keep(group, ignored) for group in groups]

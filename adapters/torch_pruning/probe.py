@@ -7,9 +7,9 @@ a channel is really gone. Groups that fail are left whole, with the reason, inst
 from __future__ import annotations
 
 import copy
-import re
 import warnings
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -34,19 +34,24 @@ def sound_groups(model: nn.Module, groups: Sequence[ChannelGroup], example_input
 
     Returns:
         The same groups in the same order. All together are tried first: two forward passes when nothing is wrong.
-        Otherwise the first group at fault is found by bisection and set aside with those built alike (the same
-        attention in every block fails alike), until the rest passes; those built alike then get a trial of their own.
+        Otherwise the first group at fault is found by bisection. Where an attribute equals its width by chance, that
+        attribute is left alone from then on; else the group is set aside with those built alike (the same attention
+        in every block fails alike), until the rest passes; those built alike then get a trial of their own.
     """
-    drawn = _randomised(model)
-    trial = _Trial(drawn, groups, example_inputs)
+    trial = _Trial(_randomised(model), groups, example_inputs)
     passed = [group for group in groups if group.fixed is None]
     failures: dict[str, str] = {}
     like: dict[str, str] = {}
     aside: list[ChannelGroup] = []
     while passed and (failure := trial(passed)) is not None:
-        culprit, failure = _first_at_fault(trial, passed, failure)
+        number, failure = _first_at_fault(trial, passed, failure)
+        culprit = passed[number]
+        chance = _sizes_by_chance(trial, passed[:number], culprit)
+        if chance:
+            passed = [_without_sizes(group, chance) if group.make == culprit.make else group for group in passed]
+            continue
         failures[culprit.name] = failure
-        alike = [group for group in passed if group is not culprit and _build(group) == _build(culprit)]
+        alike = [group for group in passed if group is not culprit and group.make == culprit.make]
         failures.update({group.name: f"it is built like {culprit.name!r}: {failure}" for group in alike})
         like.update({group.name: culprit.name for group in alike})
         aside += alike
@@ -60,11 +65,15 @@ def sound_groups(model: nn.Module, groups: Sequence[ChannelGroup], example_input
             others = sum(first == name and other in failures for other, first in like.items())
             more = f" (and {others} built like it)" if others else ""
             warnings.warn(f"Group {name!r} is left whole{more}: {failure}", stacklevel=3)
-    return [group.freeze(failures[group.name]) if group.name in failures else group for group in groups]
+    sound = {group.name: group for group in (*aside, *passed)}
+    return [
+        group.freeze(failures[group.name]) if group.name in failures else sound.get(group.name, group)
+        for group in groups
+    ]
 
 
-def _first_at_fault(trial: _Trial, groups: Sequence[ChannelGroup], failure: str) -> tuple[ChannelGroup, str]:
-    """Return the group with which the groups up to it fail and without which they do not, and how they fail."""
+def _first_at_fault(trial: _Trial, groups: Sequence[ChannelGroup], failure: str) -> tuple[int, str]:
+    """Return which group makes the groups up to it fail, where those before it do not, and how they fail."""
     low, high = 0, len(groups)  # the first `low` pass, the first `high` fail
     while high - low > 1:
         middle = (low + high) // 2
@@ -73,12 +82,20 @@ def _first_at_fault(trial: _Trial, groups: Sequence[ChannelGroup], failure: str)
             low = middle
         else:
             high, failure = middle, found
-    return groups[high - 1], failure
+    return high - 1, failure
 
 
-def _build(group: ChannelGroup) -> frozenset[tuple[str, str]]:
-    """Return which layers a group runs through, up to the numbers in their names."""
-    return frozenset((re.sub(r"\d+", "#", member.path), member.axis) for member in group.members)
+def _sizes_by_chance(trial: _Trial, passed: Sequence[ChannelGroup], culprit: ChannelGroup) -> set[str]:
+    """Return the names of attributes without which a group passes: numbers that equal its width by chance."""
+    names = sorted({size.name for size in culprit.sizes})
+    for chance in [{name} for name in names] + [set(names)]:
+        if trial([*passed, _without_sizes(culprit, chance)]) is None:
+            return chance
+    return set()
+
+
+def _without_sizes(group: ChannelGroup, names: set[str]) -> ChannelGroup:
+    return replace(group, sizes=tuple(size for size in group.sizes if size.name not in names))
 
 
 class _Trial:
@@ -89,8 +106,9 @@ class _Trial:
 
     def __call__(self, tried: Sequence[ChannelGroup]) -> str | None:
         plan = PruningPlan(tuple(_without_half(group) for group in tried))
+        groups = {group.name: group for group in (*self.groups, *tried)}
         try:
-            parity = verify(self.model, plan, self.example_inputs, groups=self.groups)
+            parity = verify(self.model, plan, self.example_inputs, groups=list(groups.values()))
         except (PlanError, SurgeryError) as error:
             return str(error)
         return None if parity.ok else str(parity)

@@ -18,6 +18,7 @@ from nni_plugin.errors import SurgeryError
 from nni_plugin.groups import ChannelGroup
 from nni_plugin.layers.removal import Removal, find_removal
 from nni_plugin.masks import mask_plan
+from nni_plugin.parts import parts_of
 from nni_plugin.plan import PruningPlan
 
 TOLERANCE = 1e-4
@@ -84,7 +85,8 @@ def verify(
     if plan.removed_blocks:
         removal = find_removal(model_before, plan.removed_blocks, example_inputs)
         return verify_with_blocks(model_before, plan, removal, example_inputs, tolerance=tolerance)
-    found = list(find_groups(model_before, example_inputs) if groups is None else groups)
+    parts = parts_of(plan)
+    found = list(find_groups(model_before, example_inputs, parts=parts) if groups is None else groups)
     check_fit(plan, found)
     masked, compact = copy.deepcopy(model_before), _copy_sharing_values(model_before)
     _fold_factors(masked, plan, found)

@@ -26,6 +26,7 @@ from nni_plugin.cli.arguments import (
     optional_bool,
 )
 from nni_plugin.errors import BudgetError, TrainingError
+from nni_plugin.parts import DEFAULT_PARTS, PARTS
 
 DESCRIPTION = "Prune a network to a budget: train it if asked, prune, fine-tune, verify, measure, save."
 
@@ -83,6 +84,8 @@ def add_job(parser: jsonargparse.ArgumentParser) -> None:
     )
     add("--divide-by-blocks", action="store_true", help="divide a residual score by the blocks that share its gate")
     add("--stages", type=fractions, default={}, help="channels to keep by stage, layer1=0.7,layer2=0.4: a proportion")
+    add("--isomorphic", action="store_true", help="compare layers built alike alone; all kinds lose the same fraction")
+    add("--parts", type=names, default=DEFAULT_PARTS, help=f"of a transformer what may shrink, of {', '.join(PARTS)}")
     add("--round-to", type=above(1), help="make widths multiples of this (8 on CUDA, else 1)")
     add("--min-channels", type=above(1), default=1, help="make no layer narrower than this")
     add("--ignore", type=names, default=(), help="layers (or blocks) to leave whole, by name, separated by commas")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -14,6 +14,7 @@ from nni_plugin.cost import tensors_in
 from nni_plugin.errors import GraphError
 from nni_plugin.flow import Step, gate_writers
 from nni_plugin.groups import ChannelGroup, Member, Passage, SizeAttribute, Slice
+from nni_plugin.parts import DEFAULT_PARTS
 from nni_plugin.tensors import Axis, kind_of, places_of, tie_period
 from nni_plugin.tracing import contractions, elementwise, shapes, statistics  # noqa: F401  (their rules)
 from nni_plugin.tracing.ledger import Atoms, Solved
@@ -23,15 +24,21 @@ from nni_plugin.tracing.trace import Trace
 
 _NONE = -1
 
+_SAID = {
+    "heads": "an attention's heads",
+    "head_dim": "the width of an attention's heads",
+    "mlp": "the width of an MLP",
+    "embedding": "the width of the residual stream",
+}
 
-def coupled_groups(model: nn.Module, inputs: Any, *, heads: bool = True, head_dim: bool = False) -> list[ChannelGroup]:
+
+def coupled_groups(model: nn.Module, inputs: Any, *, parts: Collection[str] = DEFAULT_PARTS) -> list[ChannelGroup]:
     """Run a network once and return its coupled channel groups.
 
     Args:
         model: In eval mode, with gradients on (so that no fused inference kernel hides the operators).
         inputs: One tensor `[N, ...]`, or a tuple or dict of inputs.
-        heads: Whether whole attention heads may leave.
-        head_dim: Whether positions of every head may leave.
+        parts: Which parts of a transformer may shrink.
 
     Returns:
         One group per coupled set of channels, in module order of its first dense layer; those that meet the
@@ -42,12 +49,14 @@ def coupled_groups(model: nn.Module, inputs: Any, *, heads: bool = True, head_di
     if not any(trace.value(tensor).step is not None for tensor in outputs):
         raise GraphError(f"{type(model).__name__} returned no tensor that depends on its inputs or parameters.")
     _drop_dead_ends(trace, [trace.value(tensor).step for tensor in outputs])
+    if trace.unmet:
+        outputs += tensors_in(trace.run_as_trained(inputs))
     for tensor in outputs:
         value = trace.value(tensor)
         at = value.step.layer or value.step.module if value.step is not None else ""
         for block in value.labels.blocks:
             trace.ledger.fix(block.atoms, f"its channels are the network's output (at {at})")
-    return _Coupling(model, trace, trace.ledger.solve(heads=heads, head_dim=head_dim)).groups()
+    return _Coupling(model, trace, trace.ledger.solve(head_dim="head_dim" in parts)).groups(parts)
 
 
 def _drop_dead_ends(trace: Trace, ends: Iterable[Step | None]) -> None:
@@ -78,14 +87,14 @@ class _Coupling:
         self.roots: list[list[int]] = []  # of each group its channels as same-channel labels, in order
         self.names: list[str] = []
 
-    def groups(self) -> list[ChannelGroup]:
+    def groups(self, parts: Collection[str]) -> list[ChannelGroup]:
         """Number the channels of every group and gather its members."""
         self._number()
-        members, parts = self._members(), self._inside()
+        members, insides = self._members(), self._inside()
         sizes = size_attributes(self.model, self.trace)
         result = []
         for index, name in enumerate(self.names):
-            inside = parts[index]
+            inside = insides[index]
             outs = [
                 step
                 for step in inside
@@ -102,7 +111,10 @@ class _Coupling:
                 forked=forked,
                 passages=tuple(self._passages(index)),
             )
-            result.append(group)
+            part = self._part(group, index)
+            if part and part not in parts and group.fixed is None:
+                group = group.freeze(f"it is {_SAID[part]}, and parts={', '.join(sorted(parts))} leaves these whole")
+            result.append(replace(group, part=part))
         by_group = self._sizes(sizes, [group.fixed is None for group in result])
         return [replace(group, sizes=tuple(by_group[i])) for i, group in enumerate(result)]
 
@@ -142,6 +154,9 @@ class _Coupling:
 
     def _touches(self, atoms: Atoms, index: int) -> bool:
         return bool((self.group_of_unit[self.solved.tied[atoms]] == index).any())
+
+    def _may_shrink(self, atoms: Atoms) -> bool:
+        return any(int(unit) not in self.solved.fixed for unit in np.unique(self.solved.tied[atoms]))
 
     def _split(self, atoms: Atoms) -> Iterator[tuple[int, Tensor, Tensor]]:
         """Return for each group that has some of these atoms: the group, their positions, their channels."""
@@ -193,6 +208,19 @@ class _Coupling:
         reasons = [self.solved.fixed[int(unit)] for unit in dict.fromkeys(units.tolist()) if unit in self.solved.fixed]
         return reasons[0] if reasons else None
 
+    def _part(self, group: ChannelGroup, index: int) -> str:
+        """Tell which part of a transformer a group is; a network without attention has none."""
+        if not self.solved.heads.any():
+            return ""
+        units = np.unique(self.unit_of[self.roots[index]])
+        if bool(self.solved.heads[units].any()):
+            return "heads"
+        if bool(self.solved.contracted[units].any()):
+            return "head_dim"
+        if not isinstance(self.model.get_submodule(group.name), nn.Linear) and not group.passages:
+            return ""
+        return "embedding" if group.residual else "mlp"
+
     def unit_labels(self, index: int) -> Tensor:
         """Return the unit of each channel of a group, numbered from 0."""
         units = self.unit_of[self.roots[index]]
@@ -214,9 +242,9 @@ class _Coupling:
         return result
 
     def _passages(self, index: int) -> Iterator[Passage]:
-        for path in self.trace.statistics:
+        for path, over in self.trace.statistics.items():
             called = self.trace.calls.get(path)
-            if called is None:
+            if called is None or not any(self._may_shrink(atoms) for atoms in over):
                 continue
             for side, boundaries in (("in", called.entering), ("out", called.leaving)):
                 for boundary in boundaries:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     "masked_fill", "masked_fill_", "where", "bernoulli", "bernoulli_", "relu", "relu_", "_reshape_copy", "dropout",
     "hardtanh", "hardtanh_", "hardswish", "hardswish_", "hardsigmoid", "hardsigmoid_", "leaky_relu", "leaky_relu_",
     "elu", "elu_", "silu", "silu_", "mish", "mish_", "gelu", "gelu_", "softplus", "softplus_", "clamp_", "prelu",
-    "_prelu_kernel", "threshold", "threshold_", "rrelu_with_noise", "log_sigmoid_forward", "view_as_real_copy",
+    "_prelu_kernel", "threshold", "threshold_", "rrelu_with_noise", "log_sigmoid_forward",
 )  # fmt: skip
 def pointwise(trace: Trace, operator: Any, args: Any, kwargs: Any, outputs: list[Tensor]) -> Labels:
     """Broadcast all inputs and match them."""
@@ -40,9 +40,9 @@ def matched(trace: Trace, inputs: list[tuple[Labels, list[int]]], shape: list[in
     for labels, _ in aligned:
         # The fullest description of each dimension wins: a block over several comes before one over a part of it.
         for block in sorted(labels.blocks, key=lambda block: -len(block.dims)):
-            if not taken & set(block.dims):
-                blocks.append(block)
-                taken |= set(block.dims)
+            fresh = [block] if not taken & set(block.dims) else [b for b in _lines(block) if b.dims[0] not in taken]
+            blocks += fresh
+            taken |= set(block.dims)
     for labels, wide in aligned:
         for block in blocks:
             if block in labels.blocks:
@@ -70,11 +70,16 @@ def matched(trace: Trace, inputs: list[tuple[Labels, list[int]]], shape: list[in
     return Labels(tuple(blocks), frozenset(free))
 
 
+def _lines(block: Block) -> list[Block]:
+    """Return a block dimension by dimension."""
+    return [Block.line(dim, along) for dim, along in zip(block.dims, block.along, strict=True)]
+
+
 @rule("as_strided", "as_strided_")
 def restrided(trace: Trace, operator: Any, args: Any, kwargs: Any, outputs: list[Tensor]) -> Labels:
     """Change the strides alone, as pooling does for the sake of memory formats; any other use is not followed."""
     labels = trace.labels(args[0])
-    if list(args[1]) == list(outputs[0].shape) == list(args[0].shape):
+    if list(args[1]) == list(outputs[0].shape) == trace.shape_before:
         return labels
     for block in labels.blocks:
         trace.fix(block.atoms, "is laid out anew by strides")

@@ -92,10 +92,12 @@ NONE = Labels()
 
 def reshaped(ledger: Ledger, labels: Labels, old: Sequence[int], new: Sequence[int]) -> Labels:
     """Return the labels of a tensor of shape `old` seen in shape `new`."""
+    if 0 in old:
+        return NONE  # nothing is in it
     groups = _matched(old, new)
     group_of = {dim: group for group in groups for dim in group[0]}
     blocks = []
-    for block in labels.blocks:
+    for block in _joined(ledger, labels.blocks, groups):
         moved = _reshaped_block(ledger, block, old, new, [group_of[dim] for dim in block.dims])
         blocks += [] if moved is None else [moved]
     free = {
@@ -124,6 +126,35 @@ def _matched(old: Sequence[int], new: Sequence[int]) -> list[tuple[list[int], li
                 after, want, j = [*after, j], want * new[j], j + 1
         groups.append((before, after))
     return groups
+
+
+def _joined(ledger: Ledger, blocks: Sequence[Block], groups: Sequence[tuple[list[int], list[int]]]) -> list[Block]:
+    """Return blocks such that no two end up in one dimension; those that would become one that is split."""
+    run_of = {dim: run for run, (before, _) in enumerate(groups) for dim in before}
+    joined: list[Block] = []
+    for block in blocks:
+        runs = {run_of[dim] for dim in block.dims}
+        near = [other for other in joined if runs & {run_of[dim] for dim in other.dims}]
+        joined = [other for other in joined if other not in near]
+        whole = _split_over(ledger, [*near, block]) if near else block
+        joined += [] if whole is None else [whole]
+    return joined
+
+
+def _split_over(ledger: Ledger, blocks: Sequence[Block]) -> Block | None:
+    """Return a block over the dimensions of several: positions of their own, which go as those along a dimension do."""
+    along = {dim: atoms for block in blocks for dim, atoms in zip(block.dims, block.along, strict=True)}
+    dims = sorted(along)
+    shape = [len(along[dim]) for dim in dims]
+    if np.prod(shape, dtype=np.int64) > MAX_POSITIONS:
+        for atoms in along.values():
+            ledger.fix(atoms, f"a reshape lays it out over more than {MAX_POSITIONS} positions")
+        return None
+    atoms = ledger.new(int(np.prod(shape, dtype=np.int64))).reshape(shape)
+    stand_ins = ledger.split(atoms)
+    for one, dim in zip(stand_ins, dims, strict=True):
+        ledger.same(one, along[dim])
+    return Block(tuple(dims), atoms, stand_ins)
 
 
 def _reshaped_block(

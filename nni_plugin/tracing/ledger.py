@@ -107,12 +107,11 @@ class Ledger:
         self._splits.append(Split(atoms, along))
         return along
 
-    def solve(self, *, heads: bool = True, head_dim: bool = False) -> Solved:
+    def solve(self, *, head_dim: bool = False) -> Solved:
         """Return the components.
 
         Args:
-            heads: Whether whole attention heads may leave.
-            head_dim: Whether positions that a product of activations sums over may leave (of every head alike).
+            head_dim: An attention carries its channels along the positions that it sums over, not along its heads.
         """
         plain = self._components([*self._same, *self._tied])
         is_fixed = _marked(plain, [atoms for atoms, _ in self._fixed])
@@ -123,8 +122,8 @@ class Ledger:
             # Splits that share a dimension rank it alike, so that they come to the same choice.
             label = plain[along]
             batch, summed = bool(is_head[label].any()), bool(contracted[label].any())
-            allowed = not is_fixed[label].any() and not (summed and not head_dim) and not (batch and not heads)
-            return allowed, batch and not head_dim, not summed, sharing[int(label[0])], len(along)
+            allowed = not is_fixed[label].any() and not (batch if head_dim else summed)
+            return allowed, summed if head_dim else batch, not summed, sharing[int(label[0])], len(along)
 
         ties, fixes = list(self._tied), list(self._fixed)
         for split in self._splits:

@@ -26,7 +26,11 @@ def _note_sizes(trace: Trace, labels: Labels) -> None:
 @rule("view", "_unsafe_view", "reshape", "_reshape_alias", "unsqueeze", "squeeze", "squeeze_", "unsqueeze_")
 def view(trace: Trace, operator: Any, args: Any, kwargs: Any, outputs: list[Tensor]) -> Labels:
     """Lay dimensions out anew."""
-    labels = reshaped(trace.ledger, trace.labels(args[0]), list(args[0].shape), list(outputs[0].shape))
+    if outputs[0].dtype != args[0].dtype:
+        for block in trace.labels(args[0]).blocks:
+            trace.fix(block.atoms, "is seen as another type")
+        return NONE
+    labels = reshaped(trace.ledger, trace.labels(args[0]), trace.shape_before, list(outputs[0].shape))
     if "squeeze" not in str(operator):
         _note_sizes(trace, labels)
     return labels
@@ -141,6 +145,15 @@ def split(trace: Trace, operator: Any, args: Any, kwargs: Any, outputs: list[Ten
     return result
 
 
+@rule("glu")
+def gated(trace: Trace, operator: Any, args: Any, kwargs: Any, outputs: list[Tensor]) -> Labels:
+    """Multiply one half of a dimension with the other."""
+    dim = (args[1] if len(args) > 1 else -1) % args[0].dim()
+    labels, shape = trace.labels(args[0]), list(outputs[0].shape)
+    halves = (np.arange(shape[dim]), np.arange(shape[dim]) + shape[dim])
+    return matched(trace, [(_at(labels, dim, half), shape) for half in halves], shape)
+
+
 @rule("unbind")
 def unbound(trace: Trace, operator: Any, args: Any, kwargs: Any, outputs: list[Tensor]) -> Iterable[Labels]:
     """Take every position of a dimension for itself."""
@@ -164,9 +177,9 @@ def _one(trace: Trace, tensor: Tensor, dim: int, position: int) -> Labels:
 @rule("index_select")
 def index_selected(trace: Trace, operator: Any, args: Any, kwargs: Any, outputs: list[Tensor]) -> Labels:
     """Take positions by a tensor: what it counts must stay."""
-    dim, labels = args[1] % args[0].dim(), trace.labels(args[0])
+    dim, labels = args[1] % max(args[0].dim(), 1), trace.labels(args[0])
     trace.fix(labels.at(dim), "is indexed by a tensor")
-    return _at(labels, dim, args[2].cpu().numpy())
+    return _at(labels, dim, np.atleast_1d(args[2].cpu().numpy()))
 
 
 @rule("index")
@@ -174,6 +187,8 @@ def indexed(trace: Trace, operator: Any, args: Any, kwargs: Any, outputs: list[T
     """Take positions of some dimensions by tensors that lie next to each other; the other dimensions move along."""
     labels, index = trace.labels(args[0]), list(args[1]) + [None] * (args[0].dim() - len(args[1]))
     by = [dim for dim, one in enumerate(index) if one is not None]
+    for block in [block for dim in by for block in trace.labels(index[dim]).blocks]:
+        trace.fix(block.atoms, "says which positions are taken")
     adjacent = by == list(range(by[0], by[-1] + 1)) and all(index[dim].dtype.is_signed for dim in by)
     keep = []
     for block in labels.blocks:
@@ -196,6 +211,8 @@ def looked_up(trace: Trace, operator: Any, args: Any, kwargs: Any, outputs: list
     """Take rows of a table."""
     labels = trace.labels(args[0])
     trace.fix(labels.at(0), "is indexed by a tensor")
+    for block in trace.labels(args[1]).blocks:
+        trace.fix(block.atoms, "says which positions are taken")
     along = labels.at(1)
     return NONE if along is None else Labels((Block.line(outputs[0].dim() - 1, along),))
 
@@ -205,6 +222,10 @@ def turned(trace: Trace, operator: Any, args: Any, kwargs: Any, outputs: list[Te
     """Move positions around: channels keep whom they belong to."""
     labels, rank = trace.labels(args[0]), args[0].dim()
     dims = args[1] if ".flip" in str(operator) else (args[2] if len(args) > 2 else [])
+    if ".roll" in str(operator) and not dims:
+        for block in labels.blocks:
+            trace.fix(block.atoms, "is rolled over all dimensions as one")
+        return NONE
     for at, dim in enumerate(dims):
         if labels.block(dim % rank) is not None:
             positions = np.arange(args[0].shape[dim])
@@ -269,16 +290,19 @@ def stacked(trace: Trace, operator: Any, args: Any, kwargs: Any, outputs: list[T
     return Labels(tuple(blocks), frozenset.intersection(*(part.free for part in parts)))
 
 
-@rule("constant_pad_nd", "reflection_pad1d", "reflection_pad2d", "replication_pad2d", "reflection_pad3d", "pad")
+@rule(
+    "constant_pad_nd", "reflection_pad1d", "reflection_pad2d", "reflection_pad3d", "replication_pad1d",
+    "replication_pad2d", "replication_pad3d",
+)  # fmt: skip
 def padded(trace: Trace, operator: Any, args: Any, kwargs: Any, outputs: list[Tensor]) -> Labels:
-    """Widen dimensions that hold no channels."""
-    labels = trace.labels(args[0])
-    return spatial(trace, labels, list(args[0].shape), list(outputs[0].shape), "is padded")
+    """Widen dimensions that hold no channels, or shift them where one end loses what the other gains."""
+    labels, rank = trace.labels(args[0]), args[0].dim()
+    changed = {rank - 1 - at // 2 for at, number in enumerate(args[1]) if number != 0}
+    return without_dims(trace, labels, changed, "is padded")
 
 
-def spatial(trace: Trace, labels: Labels, before: list[int], after: list[int], what: str) -> Labels:
-    """Return the labels of dimensions that keep their size; the others hold no channels."""
-    changed = {dim for dim in range(len(before)) if before[dim] != after[dim]}
+def without_dims(trace: Trace, labels: Labels, changed: set[int], what: str) -> Labels:
+    """Return the labels of dimensions that keep their positions; the others hold no channels."""
     kept = []
     for block in labels.blocks:
         if changed & set(block.dims):

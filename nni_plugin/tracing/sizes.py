@@ -7,16 +7,18 @@ size of a dimension that holds channels.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
 from nni_plugin.groups import SizeAttribute
 from nni_plugin.tensors import kind_of, shrink_sizes
 from nni_plugin.tracing.ledger import Atoms
-from nni_plugin.tracing.trace import Trace
+from nni_plugin.tracing.trace import Trace, is_odd
 
 
 def size_attributes(model: nn.Module, trace: Trace) -> list[SizeAttribute]:
@@ -29,12 +31,20 @@ def size_attributes(model: nn.Module, trace: Trace) -> list[SizeAttribute]:
     result = []
     for path, by_size in counted.items():
         module = model.get_submodule(path)
+        if is_odd(module) and not kind_of(module) and module._parameters:
+            continue  # its numbers say what its parameters are, and these stay
         own = _own_sizes(module)
         for name, item, value in _numbers(module):
             if name not in own and value in by_size:
-                for atoms in by_size[value]:
+                for atoms in _plain(by_size[value]):
                     result.append(SizeAttribute(path, name, item, torch.from_numpy(atoms)))
     return result
+
+
+def _plain(counted: list[Atoms]) -> list[Atoms]:
+    """Return what a number may count: things that are there once, before those repeated by batch or position."""
+    once = [atoms for atoms in counted if len(np.unique(atoms)) == len(atoms)]
+    return once or counted
 
 
 def _own_sizes(module: nn.Module) -> set[str]:
@@ -46,12 +56,20 @@ def _own_sizes(module: nn.Module) -> set[str]:
 def _numbers(module: nn.Module) -> Iterator[tuple[str, int | None, int]]:
     """Return each whole number above 1 among a module's attributes, also inside tuples and lists."""
     for name, value in vars(module).items():
+        if _PLACES.search(name):
+            continue
         if _is_size(value):
             yield name, None, value
         elif isinstance(value, (tuple, list)):
             for item, part in enumerate(value):
                 if _is_size(part):
                     yield name, item, part
+
+
+_PLACES = re.compile(
+    r"img|image|input_size|patch|grid|window|kernel|stride|pad|dilat|resolution|feat_size|pool|shift|seq|length"
+)
+"""Names of numbers that count places, not channels, though they may equal a width."""
 
 
 def _is_size(value: Any) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +12,7 @@ from torch import Tensor
 from nni_plugin.tracing.elementwise import matched
 from nni_plugin.tracing.labels import NONE, Block, Labels
 from nni_plugin.tracing.operators import rule
-from nni_plugin.tracing.shapes import spatial
+from nni_plugin.tracing.shapes import without_dims
 
 if TYPE_CHECKING:
     from nni_plugin.tracing.trace import Trace
@@ -95,7 +96,7 @@ def _dims(args: Any, kwargs: Any, rank: int, at: int = 1) -> tuple[list[int], bo
     dims = kwargs.get("dim", args[at] if len(args) > at else None)
     dims = [dims] if isinstance(dims, int) and not isinstance(dims, bool) else dims
     keepdim = kwargs.get("keepdim", args[at + 1] if len(args) > at + 1 else False)
-    return ([dim % rank for dim in dims] if dims else list(range(rank))), keepdim is True
+    return ([dim % max(rank, 1) for dim in dims] if dims else list(range(rank))), keepdim is True
 
 
 @rule("sum")
@@ -146,9 +147,11 @@ def extreme(trace: Trace, operator: Any, args: Any, kwargs: Any, outputs: list[T
 def along(trace: Trace, operator: Any, args: Any, kwargs: Any, outputs: list[Tensor]) -> list[Labels]:
     """Work along one dimension whose positions must stay."""
     at = 2 if ".topk" in str(operator) else 1
-    dim = (args[at] if len(args) > at else kwargs.get("dim", -1)) % args[0].dim()
-    labels = trace.labels(args[0])
-    trace.fix(labels.at(dim), f"enters {str(operator).split('.')[1].strip('_')}")
+    dim = (args[at] if len(args) > at else kwargs.get("dim", -1)) % max(args[0].dim(), 1)
+    labels, what = trace.labels(args[0]), f"enters {str(operator).split('.')[1].strip('_')}"
+    trace.fix(labels.at(dim), what)
+    if ".topk" in str(operator):  # another number of positions
+        labels = without_dims(trace, labels, {dim}, what)
     return [labels] * len(outputs)
 
 
@@ -157,15 +160,14 @@ def along(trace: Trace, operator: Any, args: Any, kwargs: Any, outputs: list[Ten
     "_adaptive_avg_pool2d", "adaptive_avg_pool2d", "_adaptive_avg_pool3d", "adaptive_avg_pool1d",
     "adaptive_max_pool2d", "adaptive_max_pool1d", "upsample_bilinear2d", "upsample_nearest2d", "upsample_bicubic2d",
     "_upsample_bilinear2d_aa", "_upsample_bicubic2d_aa", "upsample_linear1d", "upsample_nearest1d",
+    "upsample_trilinear3d", "upsample_nearest3d", "_upsample_nearest_exact1d", "_upsample_nearest_exact2d",
+    "_upsample_nearest_exact3d", "adaptive_max_pool3d",
 )  # fmt: skip
 def pooled(trace: Trace, operator: Any, args: Any, kwargs: Any, outputs: list[Tensor]) -> list[Labels]:
-    """Resample the spatial dimensions; the first two hold batch and channels."""
-    labels = trace.labels(args[0])
-    result = spatial(trace, labels, list(args[0].shape), list(outputs[0].shape), "is resampled")
-    for block in result.blocks:
-        for dim, atoms in zip(block.dims, block.along, strict=True):
-            if dim > 1:
-                trace.fix(atoms, "is resampled")
+    """Resample the spatial dimensions, the last ones, as many as the operator's name says."""
+    rank = args[0].dim()
+    number = int(re.findall(r"(\d)d", str(operator))[0])
+    result = without_dims(trace, trace.labels(args[0]), set(range(rank - number, rank)), "is resampled")
     return [result] * len(outputs)
 
 
@@ -174,16 +176,17 @@ def unfolded(trace: Trace, operator: Any, args: Any, kwargs: Any, outputs: list[
     """Lay patches out. `im2col` puts them behind each channel, `unfold` behind all dimensions."""
     labels, x = trace.labels(args[0]), args[0]
     if ".unfold" in str(operator):
-        dim = args[1] % x.dim()
+        dim = args[1] % max(x.dim(), 1)
         trace.fix(labels.at(dim), "is unfolded")
         kept = [b for block in labels.blocks for b in (block.without(dim) if dim in block.dims else [block])]
         return Labels(tuple(kept))
-    channels = labels.at(1)
+    at = x.dim() - 3  # without a batch dimension 0
+    channels = labels.at(at)
     for block in labels.blocks:
         for d, atoms in zip(block.dims, block.along, strict=True):
-            if d > 1 or ".col2im" in str(operator):
+            if d > at or ".col2im" in str(operator):
                 trace.fix(atoms, "is unfolded")
     if channels is None or ".col2im" in str(operator):
         return NONE
-    times = outputs[0].shape[1] // x.shape[1]
-    return Labels((Block.line(1, np.repeat(channels, times)),))
+    times = outputs[0].shape[at] // x.shape[at]
+    return Labels((Block.line(at, np.repeat(channels, times)),))

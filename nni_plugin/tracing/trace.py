@@ -8,10 +8,11 @@ what is not understood is left whole, never guessed.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakIdKeyDictionary
@@ -37,11 +38,12 @@ class Trace(TorchDispatchMode):
         parameters: Atoms of each dimension of each bare parameter that was used, by `(name, dim)`.
         steps: Every operator in the order of the run.
         sizes: Numbers that operators got as sizes of channels.
-        statistics: Modules that normalise over channels, by name.
+        statistics: Over which atoms modules take a statistic, by module.
         calls: Of every module the first call.
         order: Names of layers and bare parameters in the order of use.
         folds: Axes of grouped convolutions, by the first atom of the folded form in which their weight holds them.
         stacked: First atoms of the stand-ins along dimensions that tensors were stacked along.
+        shape_before: Shape of the running operator's first tensor before it ran, in place or not.
     """
 
     def __init__(self, model: nn.Module, rule_of: Callable[[Any], Any]) -> None:
@@ -52,11 +54,12 @@ class Trace(TorchDispatchMode):
         self.parameters: dict[tuple[str, int], Atoms] = {}
         self.steps: list[Step] = []
         self.sizes: list[SizeNote] = []
-        self.statistics: dict[str, str] = {}
+        self.statistics: dict[str, list[Atoms]] = {}
         self.calls: dict[str, Call] = {}
         self.order: list[str] = []
         self.folds: dict[int, Atoms] = {}
         self.stacked: set[int] = set()
+        self.shape_before: list[int] = []
         self._modules = dict(model.named_modules())
         self._running: list[str] = [""]
         self._values: WeakIdKeyDictionary = WeakIdKeyDictionary()
@@ -65,7 +68,8 @@ class Trace(TorchDispatchMode):
             *model.named_parameters(remove_duplicate=False),
             *model.named_buffers(remove_duplicate=False),
         ):
-            self._named.setdefault(id(tensor), []).append(name)
+            if name.rpartition(".")[0] in self._modules:  # a module known by two names is one module
+                self._named.setdefault(id(tensor), []).append(name)
         self._sharing: dict[str, set[str]] = {}
         for names in self._named.values():
             paths = {name.rpartition(".")[0] for name in names}
@@ -80,14 +84,36 @@ class Trace(TorchDispatchMode):
             self._values[tensor] = Value(self._of_input(tensor), self._step("input", [], None))
         hooks = []
         for name, module in self._modules.items():
-            hooks.append(module.register_forward_pre_hook(self._entered(name), prepend=True))
-            hooks.append(module.register_forward_hook(self._left(name), always_call=True))
+            if not isinstance(module, torch.jit.ScriptModule):  # these take no hooks; what they do is their caller's
+                hooks.append(module.register_forward_pre_hook(self._entered(name), prepend=True, with_kwargs=True))
+                hooks.append(module.register_forward_hook(self._left(name), always_call=True))
         try:
             with self:
                 return call(self.model, inputs)
         finally:
             for hook in hooks:
                 hook.remove()
+
+    def run_as_trained(self, inputs: Any) -> Any:
+        """Run once more what is only run in training, such as an auxiliary classifier; the steps stay those in use.
+
+        Normalisations keep using their statistics, so that these stay as they are.
+        """
+        steps, modes = self.steps, {module: module.training for module in self._modules.values()}
+        self.steps = []
+        try:
+            for module in self._modules.values():
+                module.training = not isinstance(module, (*NORMS, nn.modules.dropout._DropoutNd))
+            return self.run(inputs)
+        finally:
+            self.steps = steps
+            for module, training in modes.items():
+                module.training = training
+
+    @property
+    def unmet(self) -> bool:
+        """Whether some parameter was not used yet."""
+        return any(parameter not in self._values for parameter in self.model.parameters())
 
     def _of_input(self, tensor: Tensor) -> Labels:
         """Return that an input's channels (dimension 1) are given."""
@@ -98,10 +124,10 @@ class Trace(TorchDispatchMode):
         return Labels((Block.line(1, atoms),))
 
     def _entered(self, name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, inputs: Any) -> None:
+        def hook(module: nn.Module, inputs: Any, keywords: Any) -> None:
             self._running.append(name)
             if name not in self.calls:
-                self.calls[name] = Call(self._boundaries(inputs))
+                self.calls[name] = Call(self._boundaries([*inputs, *keywords.values()]))
 
         return hook
 
@@ -127,19 +153,20 @@ class Trace(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run an operator and take it down."""
         kwargs = kwargs or {}
+        inputs = tensors_in([*args, *kwargs.values()])
+        self.shape_before = list(inputs[0].shape) if inputs and not inputs[0].is_nested else []
         result = func(*args, **kwargs)
         name = str(func).rpartition(".")[0]
-        inputs = tensors_in([*args, *kwargs.values()])
         outputs = tensors_in(result)
-        if not outputs:
+        if not outputs and not func._schema.is_mutable:
             return result
         values = [self.value(tensor) for tensor in inputs]
-        rule = self.rule_of(func)
-        if rule is not None:
-            found = rule(self, func, args, kwargs, outputs)
-            labels = [found] if isinstance(found, Labels) else list(found)
-            labels += [NONE] * (len(outputs) - len(labels))
-        else:
+        # Nested tensors have no positions along all dimensions.
+        rule = None if any(tensor.is_nested for tensor in (*inputs, *outputs)) else self.rule_of(func)
+        labels = []
+        if rule is not None and outputs:
+            labels = self._labelled(rule(self, func, args, kwargs, outputs), outputs)
+        if not labels:
             labels = [NONE] * len(outputs)
             for value in values:
                 for block in value.labels.blocks:
@@ -155,9 +182,37 @@ class Trace(TorchDispatchMode):
             step.reads = [block.atoms for value in values for block in value.labels.blocks]
             step.writes = [block.atoms for label in labels for block in label.blocks]
             owner = None
+        if inputs and outputs and outputs[0] is inputs[0] and outputs[0]._base is not None:
+            self._written_through(outputs[0], values[0].labels, labels[0], step)
         for tensor, label in zip(outputs, labels, strict=True):
             self._values[tensor] = Value(label, step, owner)
         return result
+
+    def _labelled(self, found: Labels | Iterable[Labels], outputs: list[Tensor]) -> list[Labels]:
+        """Return the labels of each output; none at all where a rule speaks of positions that are not there."""
+        labels = [found] if isinstance(found, Labels) else list(found)
+        labels += [NONE] * (len(outputs) - len(labels))
+        for label, tensor in zip(labels, outputs, strict=True):
+            for block in label.blocks:
+                if block.dims[-1] >= tensor.dim() or any(
+                    tensor.shape[dim] != len(along) for dim, along in zip(block.dims, block.along, strict=True)
+                ):
+                    return []
+        return labels
+
+    def _written_through(self, view: Tensor, before: Labels, after: Labels, step: Step | None) -> None:
+        """Take down that an operator which works in place changed the tensor that its target is a view of."""
+        base: Tensor = view._base  # type: ignore[assignment]
+        known = self.value(base)
+        for block in after.blocks:
+            if any(before.at(dim) is None for dim in block.dims):
+                self.fix(block.atoms, "is written into a part of a tensor")
+        if step is not None:
+            sources = [step] if known.step is None else [known.step, step]
+            step = self._step("written", sources, None)
+            step.reads = [block.atoms for labels in (known.labels, after) for block in labels.blocks]
+            step.writes = [block.atoms for block in known.labels.blocks]
+        self._values[base] = Value(Labels(known.labels.blocks), step or known.step)
 
     def _step(self, name: str, inputs: list[Step], layer: str | None) -> Step:
         kind = "" if layer is None else kind_of(self._modules[layer])
@@ -208,7 +263,7 @@ class Trace(TorchDispatchMode):
         if self.module == "":
             self.fix(atoms, f"enters a statistic ({operator})")
         else:
-            self.statistics.setdefault(self.module, operator)
+            self.statistics.setdefault(self.module, []).append(atoms)
 
     def norm_axis(self) -> Atoms | None:
         """Return the channels of the running layer where it is a normalisation, with parameters or without."""
@@ -252,7 +307,7 @@ class Trace(TorchDispatchMode):
         step = self._step("parameter", [], None)
         step.layer, step.kind = name, "parameter"
         step.writes = [block.atoms for block in lines]
-        if _is_odd(layer):
+        if is_odd(layer):
             for block in lines:
                 self.ledger.fix(block.atoms, f"layer {path!r} is of a kind that cannot be cut")
         return Value(Labels(lines), step)
@@ -301,6 +356,6 @@ def _width(layer: nn.Module, axis: str) -> int:
     return int(layer.num_features)  # type: ignore[arg-type]
 
 
-def _is_odd(layer: nn.Module) -> bool:
+def is_odd(layer: nn.Module) -> bool:
     """Tell whether a layer of torch's own has parameters that only its own code may cut."""
     return type(layer).__module__.startswith("torch.") and not isinstance(layer, (nn.ParameterList, nn.ParameterDict))

@@ -1,6 +1,7 @@
 """Groups: what is coupled, what must stay whole and why, and that asking leaves the network as it was."""
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -307,3 +308,24 @@ def test_after_a_failed_trace_the_network_is_as_before() -> None:
     assert model.training
     assert not any(parameter.requires_grad for parameter in model.parameters())
     assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_what_is_run_in_training_alone_is_coupled_too() -> None:
+    class Auxiliary(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.norm = nn.Conv2d(3, 6, 1), nn.BatchNorm2d(6)
+            self.aux, self.fc = nn.Linear(6, 3), nn.Linear(6, 3)
+
+        def forward(self, x: Tensor) -> Any:
+            x = self.norm(self.stem(x)).relu().mean((2, 3))
+            return (self.fc(x), self.aux(x)) if self.training else self.fc(x)
+
+    model = Auxiliary().double().eval()
+    before = state_of(model)
+    (group, *rest) = find_groups(model, X)
+    assert_same(model, before)
+    assert {member.path for member in group.readers} == {"fc", "aux"}
+    assert [other.name for other in rest if other.fixed] == ["aux", "fc"]
+    apply_plan(model, any_plan([group], 0), X)
+    assert [out.shape for out in model.train()(X)] == [(2, 3), (2, 3)]
