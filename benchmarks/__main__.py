@@ -32,6 +32,7 @@ from nni_plugin.benchmarks import (
     schedules_fig6,
     scoring_memory,
     scoring_overhead,
+    surgery_speed,
     width_and_depth,
 )
 from nni_plugin.errors import NNIPluginError
@@ -50,6 +51,7 @@ BENCHMARKS: dict[str, ModuleType] = {
     "oracle_speed": oracle_speed,
     "obs_scale": obs_scale,
     "scoring_memory": scoring_memory,
+    "surgery_speed": surgery_speed,
     "nni_drop_in": nni_drop_in,
     "nppm": nppm,
     "width_and_depth": width_and_depth,

@@ -118,8 +118,12 @@ def count_macs_by_module(model: nn.Module, example_inputs: Any) -> dict[str, int
         if name and next(module.children(), None) is None:
             hooks += [module.register_forward_pre_hook(before(name)), module.register_forward_hook(after(name))]
     modes = {module: module.training for module in model.modules()}
+    # The counter hooks onto inputs of modules that require gradients, also where none are recorded; it then fails.
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     try:
         model.eval()
+        for parameter in trained:
+            parameter.requires_grad_(False)
         with torch.no_grad(), counter:
             call(model, example_inputs)
     except (AssertionError, IndexError, RuntimeError, TypeError, ValueError) as error:
@@ -127,6 +131,8 @@ def count_macs_by_module(model: nn.Module, example_inputs: Any) -> dict[str, int
     finally:
         for hook in hooks:
             hook.remove()
+        for parameter in trained:
+            parameter.requires_grad_(True)
         for module, training in modes.items():
             module.training = training
     macs = {name: flops // (2 * batch) for name, flops in spent.items() if flops}

@@ -1,7 +1,7 @@
 """Coupled channel groups as plain index data: what must be removed together, and who writes a channel.
 
-A dependency graph (Torch-Pruning's) says which slices of which layers go when a channel of a root layer
-goes. :class:`ChannelGroup` keeps that answer as index tensors over qualified names, in the numbering of
+A trace of the network says which slices of which layers go when a channel of a root layer goes.
+:class:`ChannelGroup` keeps that answer as index tensors over qualified names, in the numbering of
 the network it was found on, so that scoring, masking, costing and slicing are index arithmetic and the
 graph is asked once.
 
@@ -17,7 +17,6 @@ scale) only one factor carries the gate.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -123,7 +122,7 @@ class ChannelGroup:
         width: Number of channels.
         members: Every axis of every layer that holds these channels, the root first.
         fixed: Why the group must keep all its channels; None when it may be pruned.
-        host: The group as the dependency graph gave it, for criteria that read that form.
+        host: The group in Torch-Pruning's form, for its importances, which read that.
         forked: Whether a writer's output is read both directly and through a carrier. Gates on the writers then
             count the second way twice, and only the readers' side gives the channel's gate.
         sizes: Numbers among modules' own attributes that count these channels.
@@ -235,7 +234,7 @@ class ChannelGroup:
 
     @classmethod
     def from_host(cls, group: Any) -> ChannelGroup:
-        """Read a group of a dependency graph.
+        """Read a group in the form of Torch-Pruning's dependency graph, as its pruners hand it to a criterion.
 
         Args:
             group: A sequence of items with `.dep.target` (node), `.dep.handler` (pruning function),

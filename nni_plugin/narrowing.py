@@ -31,11 +31,10 @@ def staying(groups: Iterable[ChannelGroup], kept: Mapping[str, Sequence[int] | T
     """
     stays = {}
     for group in groups:
-        if group.name in kept:
+        if len(kept.get(group.name, range(group.width))) != group.width:
             mask = np.zeros(group.width, dtype=bool)
             mask[np.asarray(kept[group.name], dtype=np.int64)] = True
-            if not mask.all():
-                stays[group.name] = mask
+            stays[group.name] = mask
     return stays
 
 

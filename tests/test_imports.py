@@ -19,7 +19,20 @@ FOLDERS = {
 
 # The house, lowest room first. A module may import from its own floor and from the floors below.
 FLOORS = (
-    frozenset({"errors", "machine", "processes", "tensors", "flow", "parts", "cost", "latency", "renumbering"}),
+    frozenset(
+        {
+            "errors",
+            "machine",
+            "processes",
+            "tensors",
+            "flow",
+            "parts",
+            "random_weights",
+            "cost",
+            "latency",
+            "renumbering",
+        }
+    ),
     frozenset({"groups"}),
     frozenset({"tracing", "compensation", "narrowing"}),
     frozenset({"latency_cache", "latency_table", "rounding"}),

@@ -1,4 +1,4 @@
-"""Torch-Pruning's dependency graph finds what is coupled; selection, safety and bookkeeping are ours."""
+"""Groups, surgery and its proof; Torch-Pruning's importances and the form of groups that they read."""
 
 from nni_plugin.adapters.torch_pruning.apply import apply_plan
 from nni_plugin.adapters.torch_pruning.graph import find_groups

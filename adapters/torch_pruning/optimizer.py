@@ -7,7 +7,8 @@ import warnings
 from torch import Tensor
 from torch.optim import Optimizer
 
-from nni_plugin.adapters.torch_pruning.surgery import CUTS, REMOVED, sliced
+from nni_plugin.adapters.torch_pruning.slicing import sliced
+from nni_plugin.adapters.torch_pruning.surgery import CUTS, REMOVED
 from nni_plugin.errors import SurgeryError
 from nni_plugin.plan import PruningPlan
 

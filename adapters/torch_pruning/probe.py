@@ -1,6 +1,6 @@
 """Try every group before it is trusted: half its units are cut on a copy, which must compute what the mask does.
 
-A dependency graph reads operators, not intentions: a hard-coded reshape, heads, a shuffle it misreads only show when
+A trace sees operators, not intentions: a hard-coded reshape, a number of heads taken from elsewhere only show when
 a channel is really gone. Groups that fail are left whole, with the reason, instead of failing in the middle of a run.
 """
 
@@ -19,13 +19,14 @@ from nni_plugin.adapters.torch_pruning.verify import verify
 from nni_plugin.errors import PlanError, SurgeryError
 from nni_plugin.groups import ChannelGroup
 from nni_plugin.plan import GroupPlan, PruningPlan
+from nni_plugin.random_weights import randomise
 
 
 def sound_groups(model: nn.Module, groups: Sequence[ChannelGroup], example_inputs: Any) -> list[ChannelGroup]:
     """Return the groups, those that cannot be cut frozen with the reason; warns of each.
 
-    Whether a group is sound depends on the network's structure, not on its weights: the copies get random
-    normalisation parameters, so that a branch that starts at zero cannot hide a wrong index.
+    Whether a group is sound depends on the network's structure, not on its weights: in the copies nothing is left at
+    the zero or one where libraries start it, so that a branch that adds nothing cannot hide a wrong index.
 
     Args:
         model: The network; copied, left as it was.
@@ -115,13 +116,9 @@ class _Trial:
 
 
 def _randomised(model: nn.Module) -> nn.Module:
-    """Return a copy whose vectors (scales, biases, statistics) are drawn from 0.5 to 1.5."""
     model = copy.deepcopy(model)
-    generator = torch.Generator().manual_seed(0)
-    for tensor in (*model.parameters(), *model.buffers()):
-        if tensor.dim() == 1 and tensor.is_floating_point():
-            drawn = torch.rand(tensor.shape, generator=generator) + 0.5
-            tensor.data.copy_(drawn)
+    with torch.no_grad():
+        randomise(model)
     return model
 
 

@@ -1,4 +1,4 @@
-"""Cut channels out of a network by a plan: all tensors sliced first, then put in place together or not at all.
+"""Cut channels out of a network by a plan: checked first, then every tensor is sliced, or all are put back.
 
 Parameters stay the same objects (only their data shrinks), so optimizers, hooks and tied weights keep their
 references, and `requires_grad`, dtype, device, memory format and module classes stay as they were. Each cut is
@@ -7,17 +7,22 @@ noted per parameter, for :func:`nni_plugin.adapters.torch_pruning.carry_optimize
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
 from nni_plugin.adapters.torch_pruning.graph import forget_caches
+from nni_plugin.adapters.torch_pruning.slicing import sliced, way_back
 from nni_plugin.errors import PlanError
 from nni_plugin.groups import ChannelGroup
+from nni_plugin.narrowing import Place, gone_positions, staying
 from nni_plugin.plan import PruningPlan
 from nni_plugin.tensors import shrink_sizes, tensor_of
 
@@ -44,14 +49,17 @@ REMOVED: WeakIdKeyDictionary = WeakIdKeyDictionary()
 """The digests of the plans that took a living parameter out of its network: `dict[Parameter, list[str]]`."""
 
 
-def check_fit(plan: PruningPlan, groups: Iterable[ChannelGroup]) -> None:
+def check_fit(plan: PruningPlan, groups: Iterable[ChannelGroup]) -> dict[str, NDArray[np.bool_]]:
     """Check that a plan is for the network that these groups were found on.
+
+    Returns:
+        Which channels stay, bool, shape `[width]`, by the name of each group that loses some.
 
     Raises:
         PlanError: It names a group that is not there, or of another width, or one that must stay whole, parts
             channels that go together, or removes blocks, without which the groups are others.
     """
-    found = {group.name: group for group in groups}
+    found, stays = {group.name: group for group in groups}, {}
     if plan.removed_blocks:
         raise PlanError(
             f"Only channels can be removed here; the plan also removes blocks {', '.join(plan.removed_blocks)}. Apply "
@@ -69,11 +77,18 @@ def check_fit(plan: PruningPlan, groups: Iterable[ChannelGroup]) -> None:
                 f"The plan is for another model: group {entry.name!r} has {entry.total} channels in the plan and "
                 f"{group.width} here. The model is unchanged."
             )
-        if entry.removed and group.fixed:
+        stay = staying([group], {entry.name: entry.kept}).get(entry.name)
+        if stay is None:
+            continue
+        if group.fixed:
             raise PlanError(f"Group {entry.name!r} must stay whole: {group.fixed}. The model is unchanged.")
-        labels = group.unit[list(entry.removed)]
-        if len(entry.removed) != int(torch.isin(group.unit, labels).sum()):
+        unit = group.unit.numpy()
+        kept_units = np.zeros(group.width, dtype=bool)
+        kept_units[unit[stay]] = True
+        if kept_units[unit[~stay]].any():
             raise PlanError(f"Group {entry.name!r}: the plan parts channels that go together. The model is unchanged.")
+        stays[entry.name] = stay
+    return stays
 
 
 def cut_channels(
@@ -94,27 +109,29 @@ def cut_channels(
         PlanError: The plan does not fit; nothing is changed.
     """
     groups, digest = list(groups), digest or plan.digest
-    check_fit(plan, groups)
-    keep = _positions_to_keep(model, plan, groups)
-    factors = _factors(model, plan, groups)
-    new: dict[str, Tensor] = {}
-    cuts: dict[str, Cut] = {}
-    for name in {**keep, **factors}:
-        old = tensor_of(model, name)
-        data = old.detach()
-        for dim, factor in factors.get(name, {}).items():
-            shape = [1] * data.dim()
-            shape[dim] = -1
-            data = data * factor.to(data).reshape(shape)
-        new[name] = sliced(data, keep.get(name, {}))
-        cuts[name] = Cut(digest, tuple(old.shape), keep.get(name, {}))
-    sizes = _sizes(model, plan, groups)
-    return _commit(model, new, cuts, sizes)
+    stays = check_fit(plan, groups)
+    tensors = _Tensors(model)
+    gone = gone_positions(groups, stays)
+    keep = _positions_to_keep(tensors, gone)
+    factors = _factors(tensors, plan, groups)
+    sizes = _sizes(model, groups, stays, gone)
+    shared = tensors.sharing_memory()
+    with ExitStack() as stack:  # what has been done is undone when the rest fails, or by the caller
+        stack.callback(forget_caches, model)
+        for name in {**keep, **factors}:
+            tensor = tensors[name]
+            cut = Cut(digest, tuple(tensor.shape), keep.get(name, {}))
+            stack.callback(_cut_tensor(tensor, cut, factors.get(name, {}), id(tensor) in shared))
+        for layer, values in sizes.items():
+            stack.callback(_set_sizes(layer, values))
+        forget_caches(model)
+        return stack.pop_all().close
 
 
 def kept_outputs(dense: nn.Module, plan: PruningPlan, groups: Iterable[ChannelGroup]) -> dict[str, Tensor]:
     """Return the output channels that each narrower layer keeps of the dense network, by its name, ascending."""
-    keep = _positions_to_keep(dense, plan, groups)
+    groups = list(groups)
+    keep = _positions_to_keep(_Tensors(dense), gone_positions(groups, staying(groups, plan.kept())))
     layers = {name.removesuffix(".weight"): dims for name, dims in keep.items() if name.endswith(".weight")}
     return {
         path: dims[0]
@@ -123,38 +140,60 @@ def kept_outputs(dense: nn.Module, plan: PruningPlan, groups: Iterable[ChannelGr
     }
 
 
-def _positions_to_keep(
-    model: nn.Module, plan: PruningPlan, groups: Iterable[ChannelGroup]
-) -> dict[str, dict[int, Tensor]]:
+class _Tensors(dict[str, Tensor]):
+    """Every parameter and buffer of a network by each of its names, walked through once; other tensors when asked."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__(model.named_parameters(remove_duplicate=False))
+        self.update(model.named_buffers(remove_duplicate=False))
+        self._model = model
+        self._first: dict[int, str] = {}
+        for name, tensor in self.items():
+            self._first.setdefault(id(tensor), name)
+
+    def __missing__(self, name: str) -> Tensor:
+        return tensor_of(self._model, name)
+
+    def first(self, name: str) -> str:
+        """Return the first name of the same tensor: tied weights are cut once."""
+        return self._first.get(id(self[name]), name)
+
+    def sharing_memory(self) -> set[int]:
+        """Return the tensors (by `id`) that lie in memory with others, or in a part of it."""
+        holders: dict[int, list[int]] = {}
+        shared = set()
+        for tensor in {id(tensor): tensor for tensor in self.values()}.values():
+            if type(tensor.data) is not Tensor:  # of a subclass, which may keep its data elsewhere
+                shared.add(id(tensor))
+                continue
+            memory = tensor.untyped_storage()
+            holders.setdefault(memory.data_ptr(), []).append(id(tensor))
+            if memory.nbytes() != tensor.numel() * tensor.element_size():
+                shared.add(id(tensor))
+        return shared.union(*(found for found in holders.values() if len(found) > 1))
+
+
+def _positions_to_keep(tensors: _Tensors, gone: Mapping[Place, NDArray[np.int64]]) -> dict[str, dict[int, Tensor]]:
     """Return, for each tensor that shrinks, the positions kept along each dimension that does."""
-    removed: dict[tuple[str, int], Tensor] = {}
-    kept, first_name = plan.kept(), _first_names(model)
-    for group in groups:
-        gone = torch.ones(group.width, dtype=torch.bool)
-        gone[list(kept.get(group.name, range(group.width)))] = False
-        if not gone.any():
-            continue
-        for piece in group.slices:
-            size = tensor_of(model, piece.tensor).shape[piece.dim]
-            key = (first_name.get(piece.tensor, piece.tensor), piece.dim)
-            mask = removed.setdefault(key, torch.zeros(size, dtype=torch.bool))
-            mask[piece.index[gone[piece.channel]]] = True
+    lost: dict[tuple[str, int], NDArray[np.int64]] = {}
+    for (name, dim), positions in gone.items():
+        if isinstance(dim, int):  # a tensor's
+            key = tensors.first(name), dim
+            lost[key] = np.union1d(lost[key], positions) if key in lost else positions
     keep: dict[str, dict[int, Tensor]] = {}
-    for (name, dim), mask in removed.items():
-        if bool(mask.all()):
-            raise PlanError(f"{name!r} would lose all its {len(mask)} channels along dimension {dim}.")
-        if bool(mask.any()):
-            keep.setdefault(name, {})[dim] = (~mask).nonzero().flatten()
+    rest: dict[tuple[int, int], Tensor] = {}
+    for (name, dim), positions in lost.items():
+        size = tensors[name].shape[dim]
+        if len(positions) == size:
+            raise PlanError(f"{name!r} would lose all its {size} channels along dimension {dim}.")
+        same = id(positions), size
+        if same not in rest:
+            rest[same] = torch.from_numpy(np.delete(np.arange(size), positions))
+        keep.setdefault(name, {})[dim] = rest[same]
     return keep
 
 
-def _first_names(model: nn.Module) -> dict[str, str]:
-    """Return for each name of a parameter the first name of the same one: tied weights are cut once."""
-    first = {id(parameter): name for name, parameter in model.named_parameters()}
-    return {name: first[id(parameter)] for name, parameter in model.named_parameters(remove_duplicate=False)}
-
-
-def _factors(model: nn.Module, plan: PruningPlan, groups: Iterable[ChannelGroup]) -> dict[str, dict[int, Tensor]]:
+def _factors(tensors: _Tensors, plan: PruningPlan, groups: Iterable[ChannelGroup]) -> dict[str, dict[int, Tensor]]:
     """Return the factor of every position of the writers' affine tensors, where it is not one."""
     wanted = {entry.name: entry for entry in plan.groups if entry.factors is not None}
     result: dict[str, dict[int, Tensor]] = {}
@@ -174,44 +213,30 @@ def _factors(model: nn.Module, plan: PruningPlan, groups: Iterable[ChannelGroup]
                 )
             for piece in pieces:
                 per_position = result.setdefault(piece.tensor, {}).setdefault(
-                    piece.dim, torch.ones(tensor_of(model, piece.tensor).shape[piece.dim], dtype=torch.float64)
+                    piece.dim, torch.ones(tensors[piece.tensor].shape[piece.dim], dtype=torch.float64)
                 )
                 per_position[piece.index] *= channel_factor[piece.channel]
-    return result
+    # Tied weights are written once, whatever layers they are the weights of.
+    return {tensors.first(name): dims for name, dims in result.items()}
 
 
-def sliced(data: Tensor, keep: Mapping[int, Tensor]) -> Tensor:
-    """Return a tensor with only these positions along each dimension, in the memory format it had."""
-    layout = torch.preserve_format
-    if data.dim() == 4 and data.is_contiguous(memory_format=torch.channels_last) and not data.is_contiguous():
-        layout = torch.channels_last
-    for dim, positions in keep.items():
-        data = data.index_select(dim, positions.to(data.device))
-    return (
-        data.clone(memory_format=layout) if layout is torch.preserve_format else data.contiguous(memory_format=layout)
-    )
-
-
-def _sizes(model: nn.Module, plan: PruningPlan, groups: Iterable[ChannelGroup]) -> dict[nn.Module, dict[str, object]]:
+def _sizes(
+    model: nn.Module,
+    groups: Iterable[ChannelGroup],
+    stays: Mapping[str, NDArray[np.bool_]],
+    gone: Mapping[Place, NDArray[np.int64]],
+) -> dict[nn.Module, dict[str, object]]:
     """Return the size attributes of each layer after the cut."""
-    gone_by_axis: dict[tuple[str, Any], set[int]] = {}
-    kept = plan.kept()
-    for group in groups:
-        gone = torch.ones(group.width, dtype=torch.bool)
-        gone[list(kept.get(group.name, range(group.width)))] = False
-        for member in group.members:
-            if member.kind not in ("parameter", "") and gone.any():
-                positions = member.index[gone[member.channel]].tolist()
-                gone_by_axis.setdefault((member.path, member.axis), set()).update(positions)
+    losing = [group for group in groups if group.name in stays]
+    members = (m for group in losing for m in group.members if m.kind not in ("parameter", ""))
     sizes: dict[nn.Module, dict[str, object]] = {}
-    for (path, axis), gone_positions in gone_by_axis.items():
-        layer = model.get_submodule(path)
-        sizes.setdefault(layer, {}).update(shrink_sizes(layer, axis, len(gone_positions)))
-    for group in groups:
-        gone = torch.ones(group.width, dtype=torch.bool)
-        gone[list(kept.get(group.name, range(group.width)))] = False
+    for path, axis in dict.fromkeys((member.path, member.axis) for member in members):
+        if (path, axis) in gone:
+            layer = model.get_submodule(path)
+            sizes.setdefault(layer, {}).update(shrink_sizes(layer, axis, len(gone[path, axis])))
+    for group in losing:
         for size in group.sizes:
-            less = int(gone[size.channel].sum())
+            less = int((~stays[group.name])[size.channel.numpy()].sum())
             if less:
                 module = model.get_submodule(size.path)
                 values = sizes.setdefault(module, {})
@@ -228,39 +253,39 @@ def _lowered(value: Any, item: int | None, less: int) -> object:
     return type(value)(parts) if type(value) in (tuple, list) else tuple(parts)
 
 
-def _commit(
-    model: nn.Module,
-    new: Mapping[str, Tensor],
-    cuts: Mapping[str, Cut],
-    sizes: Mapping[nn.Module, dict[str, object]],
-) -> Any:
-    """Put the sliced tensors and sizes in place; return what undoes it."""
-    old = {name: (tensor_of(model, name).data, tensor_of(model, name).grad) for name in new}
-    old_sizes = {layer: {key: getattr(layer, key) for key in values} for layer, values in sizes.items()}
-    for name, data in new.items():
-        tensor = tensor_of(model, name)
-        gradient = tensor.grad
-        _set_data(tensor, data)
-        if gradient is not None:
-            tensor.grad = sliced(gradient, cuts[name].keep)
-        if isinstance(tensor, nn.Parameter):
-            CUTS.setdefault(tensor, []).append(cuts[name])
-    for layer, values in sizes.items():
-        for key, value in values.items():
-            setattr(layer, key, value)
-    forget_caches(model)
+def _cut_tensor(tensor: Tensor, cut: Cut, factors: Mapping[int, Tensor], shared: bool) -> Callable[[], None]:
+    """Multiply and slice one tensor and its gradient in place; return what undoes it."""
+    data, gradient = tensor.data, tensor.grad
+    small = data
+    for dim, factor in factors.items():
+        small = small * factor.to(data).reshape([-1 if d == dim else 1 for d in range(data.dim())])
+    small = sliced(small, cut.keep) if cut.keep else small
+    small_gradient = None if gradient is None else sliced(gradient, cut.keep)
+    # Nothing gives back what a factor of zero took, nor the memory that tensors share.
+    whole = (lambda _: data) if shared or factors else way_back(data, cut.keep)
+    _set_data(tensor, small)
+    tensor.grad = small_gradient
+    if isinstance(tensor, nn.Parameter):
+        CUTS.setdefault(tensor, []).append(cut)
 
     def undo() -> None:
-        for name, (data, gradient) in old.items():
-            tensor = tensor_of(model, name)
-            _set_data(tensor, data)
-            tensor.grad = gradient
-            if isinstance(tensor, nn.Parameter):
-                CUTS[tensor].pop()
-        for layer, values in old_sizes.items():
-            for key, value in values.items():
-                setattr(layer, key, value)
-        forget_caches(model)
+        _set_data(tensor, whole(tensor.data))
+        tensor.grad = gradient
+        if isinstance(tensor, nn.Parameter):
+            CUTS[tensor].pop()
+
+    return undo
+
+
+def _set_sizes(layer: nn.Module, values: Mapping[str, object]) -> Callable[[], None]:
+    """Set the size attributes of a layer; return what undoes it."""
+    old = {key: getattr(layer, key) for key in values}
+    for key, value in values.items():
+        setattr(layer, key, value)
+
+    def undo() -> None:
+        for key, value in old.items():
+            setattr(layer, key, value)
 
     return undo
 

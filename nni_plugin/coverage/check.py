@@ -28,7 +28,6 @@ from nni_plugin.budgets import MACs
 from nni_plugin.checkpoint import from_pretrained, save_pretrained
 from nni_plugin.cost import call, count, tensors_in
 from nni_plugin.coverage.listing import Case
-from nni_plugin.coverage.network import randomise
 from nni_plugin.coverage.results import Status, one_line
 from nni_plugin.criteria import Random
 from nni_plugin.errors import BudgetError, ModelError, NNIPluginError
@@ -36,6 +35,7 @@ from nni_plugin.groups import ChannelGroup
 from nni_plugin.machine import usable_device
 from nni_plugin.plan import PruningPlan
 from nni_plugin.planner import plan_channels, unchanged
+from nni_plugin.random_weights import randomise
 
 BUDGET_TOLERANCE = 0.02
 """How far the MACs of the result may lie from what was asked for, as a share of that: 0.49 to 0.51 for 0.5."""

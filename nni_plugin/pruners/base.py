@@ -1,10 +1,10 @@
 """The shell that makes any of our criteria a pruner of NNI's: which channels share their masks, and what masks say.
 
-Scores are gathered as :mod:`nni_plugin.pruners.flow` says. Coupled layers share their masks, found through the
-dependency graph; normalisations and biases behind a masked layer are masked with it, and where zero does not stay zero
-on the way to a reader (a sigmoid), that reader's inputs too. So the masked network computes what the compact one does;
-not so where LayerNorm or GroupNorm normalise over channels that leave, which a warning says. What is masked stays
-masked while the ratio does not fall.
+Scores are gathered as :mod:`nni_plugin.pruners.flow` says. Coupled layers share their masks, found by a trace of the
+network; normalisations and biases behind a masked layer are masked with it, and where zero does not stay zero on the
+way to a reader (a sigmoid), that reader's inputs too. So the masked network computes what the compact one does; not so
+where LayerNorm or GroupNorm normalise over channels that leave, which a warning says. What is masked stays masked while
+the ratio does not fall.
 """
 
 from __future__ import annotations

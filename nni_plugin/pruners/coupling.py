@@ -1,6 +1,6 @@
 """From NNI's targets to what is pruned as one: coupled groups, joined where they share a `dependency_group_id`.
 
-A config_list speaks of layers, the dependency graph of groups. A group is pruned as the layers say that were selected
+A config_list speaks of layers, the trace of a network of groups. A group is pruned as the layers say that were selected
 in it; layers that were not selected follow, since their channels are the same ones. An excluded layer keeps its group
 whole. The network's output keeps its width whatever is selected.
 """

@@ -2,7 +2,7 @@
 
 NNI's `auto_set_denpendency_group_ids` needs tensorboard, which NNI does not declare, knows the couplings of a few
 operators, and leaves out the normalisations: under its masks a channel is gone and its `beta` is not, so no smaller
-network computes the same. Here the couplings are those of the dependency graph, and what carries a masked channel
+network computes the same. Here the couplings are those of our own trace, and what carries a masked channel
 follows it by NNI's own `align`.
 """
 

@@ -22,7 +22,8 @@ from torch import Tensor, nn
 
 from nni_plugin.adapters.torch_pruning import find_groups, sound_groups, verify
 from nni_plugin.adapters.torch_pruning.apply import apply_plan
-from nni_plugin.adapters.torch_pruning.surgery import CUTS, sliced
+from nni_plugin.adapters.torch_pruning.slicing import sliced
+from nni_plugin.adapters.torch_pruning.surgery import CUTS
 from nni_plugin.adapters.torch_pruning.verify import verify_with_blocks
 from nni_plugin.cost import call, count, tensors_in
 from nni_plugin.errors import MaskError, SurgeryError

@@ -1,7 +1,7 @@
 """NNI's wrappers, seen from both sides: a wrapped network as if it were plain, and wrappers for coupled layers.
 
 A wrapped layer holds its weight in `<layer>._nni_wrapper.weight`, what `<layer>.weight` shows is the masked product,
-and the layer's `forward` is the wrapper's. Criteria, hooks and the dependency graph want the plain network. For the
+and the layer's `forward` is the wrapper's. Criteria, hooks and the trace of groups want the plain network. For the
 moments in which they look at it, :func:`unwrapped` takes the wrappers off without copying or replacing a parameter, so
 gradients, optimizers and the graph of a loss stay what they are (NNI's own `unwrap_model` makes new parameters).
 """

@@ -113,8 +113,9 @@ class Ledger:
         Args:
             head_dim: An attention carries its channels along the positions that it sums over, not along its heads.
         """
-        plain = self._components([*self._same, *self._tied])
-        is_fixed = _marked(plain, [atoms for atoms, _ in self._fixed])
+        equal = [*self._same, self._alike()]
+        plain = self._components([*equal, *self._tied])
+        is_fixed = self._spread(plain, _marked(plain, [atoms for atoms, _ in self._fixed]))
         is_head, contracted = _marked(plain, self._heads), _marked(plain, self._contracted)
         sharing = Counter(int(plain[along[0]]) for split in self._splits for along in split.along if len(along))
 
@@ -137,13 +138,38 @@ class Ledger:
                     ties.append((np.repeat(along, rows.shape[1]), rows.ravel()))
                 else:
                     fixes.append((along, "it is laid out over dimensions another of which carries the channels"))
-        same = self._components(self._same)
-        tied = self._components([*self._same, *ties])
+        same = self._components(equal)
+        tied = self._components([*equal, *ties])
         reasons: dict[int, str] = {}
         for atoms, reason in fixes:
             for label in np.unique(tied[atoms]):
                 reasons.setdefault(int(label), reason)
         return Solved(same, tied, reasons, _marked(tied, self._heads), _marked(tied, self._contracted))
+
+    def _alike(self) -> tuple[Atoms, Atoms]:
+        """Return in pairs the stand-ins that stand for the same atoms: heads laid out twice are the same heads.
+
+        Told by sums of random numbers, one for every channel, over the atoms that each stands for.
+        """
+        channel = self._components(self._same)
+        drawn = np.random.default_rng(0).integers(2**63, size=self.size, dtype=np.uint64)[channel]
+        for split in self._splits:
+            for dim, along in enumerate(split.along):
+                drawn[along] = np.moveaxis(drawn[split.atoms], dim, 0).reshape(len(along), -1).sum(axis=1)
+        every = np.concatenate([along for split in self._splits for along in split.along] or [np.empty(0, np.int64)])
+        every = every[np.argsort(drawn[every], kind="stable")]
+        equal = drawn[every[1:]] == drawn[every[:-1]]
+        return every[:-1][equal], every[1:][equal]
+
+    def _spread(self, plain: Atoms, is_fixed: NDArray[np.bool_]) -> NDArray[np.bool_]:
+        """Mark also the stand-ins along the dimensions of what must stay: none of these can carry anything else."""
+        known = -1
+        while known != (known := int(is_fixed.sum())):
+            for split in self._splits:
+                if is_fixed[plain[split.atoms]].any():
+                    for along in split.along:
+                        is_fixed[plain[along]] = True
+        return is_fixed
 
     def _components(self, edges: list[tuple[Atoms, Atoms]]) -> Atoms:
         one = np.concatenate([edge[0] for edge in edges] or [np.empty(0, np.int64)])

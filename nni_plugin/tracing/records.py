@@ -31,10 +31,12 @@ class SizeNote:
     Args:
         module: The innermost module that was running.
         atoms: The atoms counted by the number.
+        passed_on: The dimension had this size before: the number may as well have been read off the tensor.
     """
 
     module: str
     atoms: Atoms
+    passed_on: bool = False
 
 
 @dataclass(frozen=True, eq=False)

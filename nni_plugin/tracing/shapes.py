@@ -17,10 +17,11 @@ if TYPE_CHECKING:
     from nni_plugin.tracing.trace import Trace
 
 
-def _note_sizes(trace: Trace, labels: Labels) -> None:
-    for block in labels.blocks:
+def _note_sizes(trace: Trace, before: Labels, after: Labels) -> None:
+    known = [along for block in before.blocks for along in block.along]
+    for block in after.blocks:
         for along in block.along:
-            trace.note_size(along)
+            trace.note_size(along, passed_on=any(np.array_equal(along, other) for other in known))
 
 
 @rule("view", "_unsafe_view", "reshape", "_reshape_alias", "unsqueeze", "squeeze", "squeeze_", "unsqueeze_")
@@ -32,7 +33,7 @@ def view(trace: Trace, operator: Any, args: Any, kwargs: Any, outputs: list[Tens
         return NONE
     labels = reshaped(trace.ledger, trace.labels(args[0]), trace.shape_before, list(outputs[0].shape))
     if "squeeze" not in str(operator):
-        _note_sizes(trace, labels)
+        _note_sizes(trace, trace.labels(args[0]), labels)
     return labels
 
 
@@ -61,7 +62,7 @@ def expanded(trace: Trace, operator: Any, args: Any, kwargs: Any, outputs: list[
     shift = len(after) - len(before)
     labels = trace.labels(args[0]).moved(range(shift, len(after)))
     grown = {dim for dim in range(len(after)) if after[dim] > 1 and (dim < shift or before[dim - shift] == 1)}
-    _note_sizes(trace, labels)
+    _note_sizes(trace, labels, labels)
     return Labels(labels.blocks, labels.free | grown)
 
 

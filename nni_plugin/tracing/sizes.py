@@ -18,16 +18,17 @@ from torch import nn
 from nni_plugin.groups import SizeAttribute
 from nni_plugin.tensors import kind_of, shrink_sizes
 from nni_plugin.tracing.ledger import Atoms
+from nni_plugin.tracing.records import SizeNote
 from nni_plugin.tracing.trace import Trace, is_odd
 
 
 def size_attributes(model: nn.Module, trace: Trace) -> list[SizeAttribute]:
     """Return the attributes that count channels, with the atoms counted in place of channels."""
-    counted: dict[str, dict[int, list[Atoms]]] = {}
+    counted: dict[str, dict[int, list[SizeNote]]] = {}
     for note in trace.sizes:
         alike = counted.setdefault(note.module, {}).setdefault(len(note.atoms), [])
-        if not any((known == note.atoms).all() for known in alike):
-            alike.append(note.atoms)
+        if not any(known.passed_on == note.passed_on and (known.atoms == note.atoms).all() for known in alike):
+            alike.append(note)
     result = []
     for path, by_size in counted.items():
         module = model.get_submodule(path)
@@ -36,15 +37,22 @@ def size_attributes(model: nn.Module, trace: Trace) -> list[SizeAttribute]:
         own = _own_sizes(module)
         for name, item, value in _numbers(module):
             if name not in own and value in by_size:
-                for atoms in _plain(by_size[value]):
+                likely = _likely(by_size[value])
+                # Equal parts of one split are counted by equal numbers of one tuple, in the same order.
+                first = 0 if item is None else list(getattr(module, name)[:item]).count(value) % len(likely)
+                for atoms in likely[first:] + likely[:first]:
                     result.append(SizeAttribute(path, name, item, torch.from_numpy(atoms)))
     return result
 
 
-def _plain(counted: list[Atoms]) -> list[Atoms]:
-    """Return what a number may count: things that are there once, before those repeated by batch or position."""
-    once = [atoms for atoms in counted if len(np.unique(atoms)) == len(atoms)]
-    return once or counted
+def _likely(counted: list[SizeNote]) -> list[Atoms]:
+    """Return what a number may count, the likely before the less likely.
+
+    Things that are there once come before those repeated by batch or position, dimensions that an operator made before
+    those that it passed on.
+    """
+    once = [note for note in counted if len(np.unique(note.atoms)) == len(note.atoms)]
+    return [note.atoms for note in sorted(once or counted, key=lambda note: note.passed_on)]
 
 
 def _own_sizes(module: nn.Module) -> set[str]:

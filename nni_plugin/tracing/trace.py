@@ -182,7 +182,8 @@ class Trace(TorchDispatchMode):
             step.reads = [block.atoms for value in values for block in value.labels.blocks]
             step.writes = [block.atoms for label in labels for block in label.blocks]
             owner = None
-        if inputs and outputs and outputs[0] is inputs[0] and outputs[0]._base is not None:
+        in_place = inputs and outputs and outputs[0] is inputs[0] and torch.Tag.inplace_view not in func.tags
+        if in_place and outputs[0]._base is not None:
             self._written_through(outputs[0], values[0].labels, labels[0], step)
         for tensor, label in zip(outputs, labels, strict=True):
             self._values[tensor] = Value(label, step, owner)
@@ -251,19 +252,24 @@ class Trace(TorchDispatchMode):
         if atoms is not None:
             self.ledger.fix(atoms, f"it {what} in module {self.module!r}")
 
-    def note_size(self, atoms: Atoms | None) -> None:
+    def note_size(self, atoms: Atoms | None, *, passed_on: bool = False) -> None:
         """Note that an operator got the number of these atoms as a size."""
         if atoms is not None:
-            self.sizes.append(SizeNote(self.module, atoms))
+            self.sizes.append(SizeNote(self.module, atoms, passed_on))
 
     def note_statistic(self, atoms: Atoms | None, operator: str) -> None:
-        """Note that the running module takes a statistic over these atoms, which changes when one leaves."""
+        """Note that the running module takes a statistic over these atoms, which changes when one leaves.
+
+        Only of a module without layers of its own: a comparison with zeros in place of what left (`verify`) takes such
+        a module as it is, and must not pass over layers. A length is exempt: zeros add nothing to it.
+        """
         if atoms is None:
             return
-        if self.module == "":
-            self.fix(atoms, f"enters a statistic ({operator})")
-        else:
+        module = self._modules[self.module]
+        if self.module and not any(True for child in module.children() for _ in child.parameters()):
             self.statistics.setdefault(self.module, []).append(atoms)
+        elif operator not in ("linalg_vector_norm", "norm"):
+            self.fix(atoms, f"enters a statistic ({operator}) beside layers")
 
     def norm_axis(self) -> Atoms | None:
         """Return the channels of the running layer where it is a normalisation, with parameters or without."""

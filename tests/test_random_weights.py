@@ -6,7 +6,7 @@ from torch import nn
 
 from nni_plugin.adapters.libraries import usual_input
 from nni_plugin.adapters.models import create_model
-from nni_plugin.coverage.network import randomise
+from nni_plugin.random_weights import randomise
 
 
 class Branch(nn.Module):
