@@ -79,7 +79,7 @@ def measure(network: str, channels: int, rounds: int, seed: int, size: int) -> d
     agreed = {group.name for group in find_groups(dense, image, keep_host=True) if group.fixed is None}
     both = [group for group in prunable if group.name in agreed]
     live = LivePlan(prunable)
-    live.kept.update(_drawn(both, channels, seed))
+    live.kept.update(drawn(both, channels, seed))
     losing = [group for group in both if len(live.kept[group.name]) < group.width]
     positions = {group.name: _positions(group, live.kept[group.name]) for group in losing}
     plan = live.relative()
@@ -110,7 +110,7 @@ def measure(network: str, channels: int, rounds: int, seed: int, size: int) -> d
         cut = [name for name, tensor in ours.state_dict().items() if tensor.shape != tensor_of(dense, name).shape]
         with _timed(taken, "copy"):
             _copy_each(dense, cut)
-        _check_equal(theirs, ours, image, network)
+        check_equal(theirs, ours, image, network)
         if counted:
             for what, number in taken.items():
                 seconds.setdefault(what, []).append(number)
@@ -177,7 +177,7 @@ def render(result: Mapping[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _drawn(groups: Sequence[ChannelGroup], channels: int, seed: int) -> dict[str, Tensor]:
+def drawn(groups: Sequence[ChannelGroup], channels: int, seed: int) -> dict[str, Tensor]:
     """Return the channels kept when units are removed at random until so many are gone; no group loses all."""
     units = [(group, unit) for group in groups for unit in range(group.units)]
     stays = {group.name: torch.ones(group.width, dtype=torch.bool) for group in groups}
@@ -217,7 +217,7 @@ def _copy_each(model: nn.Module, names: Sequence[str]) -> None:
         tensor_of(model, name).detach().clone()
 
 
-def _check_equal(theirs: nn.Module, ours: nn.Module, image: Tensor, network: str) -> None:
+def check_equal(theirs: nn.Module, ours: nn.Module, image: Tensor, network: str) -> None:
     """Compare two networks bit by bit, and what they compute."""
     left, right = theirs.state_dict(), ours.state_dict()
     differing = [name for name in left | right if name not in left or name not in right]

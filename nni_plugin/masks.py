@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from nni_plugin.groups import ChannelGroup, Slice
+from nni_plugin.narrowing import gone_positions
 from nni_plugin.plan import PruningPlan
 from nni_plugin.tensors import tensor_of
 
@@ -37,14 +38,12 @@ class Masks:
             gone = torch.ones(self.groups[name].width, dtype=torch.bool)
             gone[channels] = False
             self.removed[name] = gone
+        stays = {name: ~gone.numpy() for name, gone in self.removed.items() if bool(gone.any())}
         # Parameters, not names: they keep their identity, and hundreds of lookups a minibatch would show.
         self._dead = [
-            (tensor, piece.dim, index.to(tensor.device))
-            for name, gone in self.removed.items()
-            if bool(gone.any())
-            for piece in self.groups[name].slices
-            if isinstance(tensor := tensor_of(self.model, piece.tensor), nn.Parameter)
-            and len(index := removed_positions(piece, gone))
+            (tensor, dim, torch.from_numpy(positions).to(tensor.device))
+            for (name, dim), positions in gone_positions(self.groups.values(), stays).items()
+            if isinstance(dim, int) and isinstance(tensor := tensor_of(self.model, name), nn.Parameter)
         ]
 
     @torch.no_grad()

@@ -14,6 +14,7 @@ import math
 import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
@@ -170,7 +171,7 @@ class PruningPlan:
         """Number of coupled channels kept, over the prunable groups."""
         return sum(len(group.kept) for group in self.groups)
 
-    @property
+    @cached_property
     def digest(self) -> str:
         """SHA-256 of what applying the plan does: groups, factors and blocks, not their provenance."""
         content = [[g.name, g.total, g.kept, g.factors] for g in sorted(self.groups, key=lambda g: g.name)]

@@ -25,6 +25,7 @@ def sliced(data: Tensor, keep: Mapping[int, Tensor]) -> Tensor:
         data: Any tensor.
         keep: Positions kept, ascending, int64 on the CPU, by dimension.
     """
+    data = data.detach()
     if not keep:
         return data.clone()
     plain = data.is_contiguous()

@@ -178,7 +178,8 @@ def attention(trace: Trace, operator: Any, args: Any, kwargs: Any, outputs: list
         along = labels.at(1)
         if along is not None:
             trace.ledger.heads(along)
-    mask = kwargs.get("attn_mask", args[3] if "efficient" in str(operator) and len(args) > 3 else None)
+    # By name on CPUs, fourth on accelerators; the kernels without one have a number there.
+    mask = kwargs.get("attn_mask", args[3] if len(args) > 3 else None)
     if isinstance(mask, Tensor):
         heads = query.at(1)
         shape = [*args[0].shape[:3], args[1].shape[2]]

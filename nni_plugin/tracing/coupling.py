@@ -55,7 +55,7 @@ def coupled_groups(model: nn.Module, inputs: Any, *, parts: Collection[str] = DE
         value = trace.value(tensor)
         at = value.step.layer or value.step.module if value.step is not None else ""
         for block in value.labels.blocks:
-            trace.ledger.fix(block.atoms, f"its channels are the network's output (at {at})")
+            trace.ledger.fix(block.atoms, "its channels are the network's output" + (f" (at {at})" if at else ""))
     return _Coupling(model, trace, trace.ledger.solve(head_dim="head_dim" in parts)).groups(parts)
 
 

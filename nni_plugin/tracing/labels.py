@@ -192,7 +192,17 @@ def _reshaped_block(
             line = places[source[0]][tuple(slice(None) if k == i else 0 for k in range(len(dims)))]
             along.append(block.along[source[0]][line])
         return Block(kept_dims, atoms, tuple(along))
-    return Block(kept_dims, atoms, ledger.split(atoms))
+    stand_ins = ledger.split(atoms)
+    for one, source, dim in zip(stand_ins, sources, kept_dims, strict=True):
+        # Dimensions that are now one, which holds nothing else: each of its positions is one of each of theirs.
+        if len(source) > 1 and all(depends[k] == {dim} for k in source):
+            sizes = [block.atoms.shape[k] for k in source]
+            if len(one) == np.prod(sizes):
+                at = tuple(places[k].ravel() for k in source)
+                laid_out = np.empty(sizes, np.int64)
+                laid_out[at] = one
+                ledger.merged(laid_out, tuple(block.along[k] for k in source))
+    return Block(kept_dims, atoms, stand_ins)
 
 
 def _varies(values: Atoms, axis: int) -> bool:

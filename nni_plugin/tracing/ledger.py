@@ -107,6 +107,10 @@ class Ledger:
         self._splits.append(Split(atoms, along))
         return along
 
+    def merged(self, atoms: Atoms, along: tuple[Atoms, ...]) -> None:
+        """Note that atoms are what stand-ins along several dimensions came to when these were made one."""
+        self._splits.append(Split(atoms, along))
+
     def solve(self, *, head_dim: bool = False) -> Solved:
         """Return the components.
 
@@ -152,14 +156,22 @@ class Ledger:
         Told by sums of random numbers, one for every channel, over the atoms that each stands for.
         """
         channel = self._components(self._same)
-        drawn = np.random.default_rng(0).integers(2**63, size=self.size, dtype=np.uint64)[channel]
+        drawn = np.random.default_rng(0).integers(2**63, size=self.size, dtype=np.uint64)
+        known = np.zeros(self.size, dtype=bool)
+        every, sums = [np.empty(0, np.int64)], [np.empty(0, np.uint64)]
         for split in self._splits:
+            numbers = drawn[channel[split.atoms]]
             for dim, along in enumerate(split.along):
-                drawn[along] = np.moveaxis(drawn[split.atoms], dim, 0).reshape(len(along), -1).sum(axis=1)
-        every = np.concatenate([along for split in self._splits for along in split.along] or [np.empty(0, np.int64)])
-        every = every[np.argsort(drawn[every], kind="stable")]
-        equal = drawn[every[1:]] == drawn[every[:-1]]
-        return every[:-1][equal], every[1:][equal]
+                summed = np.moveaxis(numbers, dim, 0).reshape(len(along), -1).sum(axis=1)
+                fresh = ~known[channel[along]]
+                drawn[channel[along][fresh]] = summed[fresh]
+                known[channel[along]] = True
+                every.append(along)
+                sums.append(summed)
+        order = np.argsort(np.concatenate(sums), kind="stable")
+        atoms, total = np.concatenate(every)[order], np.concatenate(sums)[order]
+        equal = total[1:] == total[:-1]
+        return atoms[:-1][equal], atoms[1:][equal]
 
     def _spread(self, plain: Atoms, is_fixed: NDArray[np.bool_]) -> NDArray[np.bool_]:
         """Mark also the stand-ins along the dimensions of what must stay: none of these can carry anything else."""

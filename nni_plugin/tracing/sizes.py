@@ -46,13 +46,14 @@ def size_attributes(model: nn.Module, trace: Trace) -> list[SizeAttribute]:
 
 
 def _likely(counted: list[SizeNote]) -> list[Atoms]:
-    """Return what a number may count, the likely before the less likely.
+    """Return what a number may count.
 
-    Things that are there once come before those repeated by batch or position, dimensions that an operator made before
-    those that it passed on.
+    Things that are there once, not those repeated by batch or position, where there are such; and dimensions that an
+    operator made, not those that it passed on, which it need not have been told.
     """
-    once = [note for note in counted if len(np.unique(note.atoms)) == len(note.atoms)]
-    return [note.atoms for note in sorted(once or counted, key=lambda note: note.passed_on)]
+    once = [note for note in counted if len(np.unique(note.atoms)) == len(note.atoms)] or counted
+    made = [note for note in once if not note.passed_on] or once
+    return [note.atoms for note in made]
 
 
 def _own_sizes(module: nn.Module) -> set[str]:

@@ -27,8 +27,10 @@ def _with_affine(trace: Trace, x: Tensor, dim: int, vectors: Iterable[Any]) -> L
         if isinstance(vector, Tensor) and vector.dim() == 1:
             parts.append((trace.labels(vector), [len(vector), *wide]))
     axis = trace.norm_axis()
-    if axis is not None and len(axis) == shape[dim] > 1:
-        parts.append((Labels((Block.line(0, axis),)), [len(axis), *wide]))
+    if axis is not None and len(axis) > 1 and shape[dim] % len(axis) == 0:
+        # Instance normalisation puts the channels of one picture behind those of another.
+        line = np.tile(axis, shape[dim] // len(axis))
+        parts.append((Labels((Block.line(0, line),)), [len(line), *wide]))
     return matched(trace, parts, shape)
 
 

@@ -200,6 +200,18 @@ class Block(nn.Module):
         return x + self.scale2 * self.mlp(self.norm2(x))
 
 
+class Standardised(nn.Conv2d):
+    """A convolution whose weight is standardised, with a gain of its own."""
+
+    def __init__(self, channels: int, width: int) -> None:
+        super().__init__(channels, width, 3, padding=1)
+        self.gain = nn.Parameter(torch.ones(width, 1, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = F.batch_norm(self.weight.reshape(1, self.out_channels, -1), None, None, training=True)
+        return F.conv2d(x, weight.reshape_as(self.weight) * self.gain, self.bias, padding=1)
+
+
 class Stem(nn.Module):
     """From an image `[N, 3, 8, 8]` to tokens `[N, 16, DIM]`."""
 
@@ -213,14 +225,9 @@ class Stem(nn.Module):
         if kind == "squeeze-excite":
             self.fc1, self.fc2 = nn.Conv2d(8, 4, 1), nn.Conv2d(4, 8, 1)
         if kind == "standardised":
-            self.middle = nn.Conv2d(8, 6, 3, padding=1)
-            self.middle.forward = lambda x: F.conv2d(x, self.standardised(), padding=1)  # type: ignore[method-assign]
+            self.middle = Standardised(8, 6)
         width = {"split-attention": 6, "standardised": 6}.get(kind, 8)
         self.patches = nn.Conv2d(width, DIM, 2, stride=2)
-
-    def standardised(self) -> Tensor:
-        weight = self.middle.weight
-        return F.batch_norm(weight.view(1, len(weight), -1), None, None, training=True).view_as(weight)
 
     def forward(self, x: Tensor) -> Tensor:
         x = torch.relu(self.first(x))

@@ -29,7 +29,12 @@ WRITTEN = {
 
 
 def check(recipe: Recipe, seeds: range) -> None:
-    assert reasons(prove(recipe.build(), X, seeds=seeds, least=2)) == {}
+    """Assert that all is cut exactly and nothing is left whole but the number of tokens."""
+    kept = reasons(prove(recipe.build(), X, seeds=seeds, least=2))
+    tokens = {f"blocks.{i}.mixer.fc2" for i, (mixer, _, _) in enumerate(recipe.blocks) if mixer == "token-mlp"}
+    assert set(kept) == tokens
+    for reason in kept.values():
+        assert reason.startswith("it meets a fixed size in module '")
 
 
 @pytest.mark.parametrize("mixer", ["attention", "window"])

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor, nn
-from traced import X, Net, by_name, drawn, paths, prove, reasons
+from traced import Net, X, by_name, drawn, paths, prove, reasons
 
 F = nn.functional
 Do = Callable[[nn.Module, Tensor, Tensor], Tensor]
@@ -47,7 +47,11 @@ FOLLOWED: dict[str, tuple[Do, int, bool]] = {
     "repeat": (lambda s, a, b: a.repeat(1, 2, 1, 1), 16, False),
     "expand": (lambda s, a, b: a + b.mean((2, 3), keepdim=True).expand(-1, -1, 8, 8), 8, True),
     "interleave": (lambda s, a, b: a.repeat_interleave(2, 1), 16, False),
-    "flat-and-back": (lambda s, a, b: a.flatten(2).transpose(1, 2).reshape(2, 8, 8, -1).permute(0, 3, 1, 2) + b, 8, True),
+    "flat-and-back": (
+        lambda s, a, b: a.flatten(2).transpose(1, 2).reshape(2, 8, 8, -1).permute(0, 3, 1, 2) + b,
+        8,
+        True,
+    ),
     "unsqueezed-in-place": (lambda s, a, b: b + a.mean((2, 3)).unsqueeze_(1).transpose(1, 2)[..., None], 8, True),
     "squeezed-in-place": (lambda s, a, b: b + (a.mean((2, 3)) * 1)[:, None].squeeze_(1)[..., None, None], 8, True),
     "spatial-index": (lambda s, a, b: a[:, :, [1, 0, 3, 2, 5, 4, 7, 6]] + b, 8, True),

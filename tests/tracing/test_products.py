@@ -2,8 +2,9 @@
 
 import pytest
 import torch
+from attention_blocks import Standardised
 from torch import Tensor, nn
-from traced import X, Net, by_name, drawn, paths, prove, reasons
+from traced import Net, X, by_name, drawn, paths, prove, reasons
 
 F = nn.functional
 
@@ -40,18 +41,6 @@ def test_convolutions_that_cannot_be_cut(layer: nn.Module, width: int) -> None:
     assert "b" not in reasons(groups)
 
 
-class Standardised(nn.Conv2d):
-    """A convolution whose weight is standardised, with a gain of its own."""
-
-    def __init__(self, channels: int, width: int) -> None:
-        super().__init__(channels, width, 3, padding=1)
-        self.gain = nn.Parameter(torch.ones(width, 1, 1, 1))
-
-    def forward(self, x: Tensor) -> Tensor:
-        weight = F.batch_norm(self.weight.reshape(1, self.out_channels, -1), None, None, training=True)
-        return F.conv2d(x, weight.reshape_as(self.weight) * self.gain, self.bias, padding=1)
-
-
 def test_weight_standardisation() -> None:
     groups = by_name(prove(drawn(Net(lambda s, a, b: s.layer(a), 6, layer=Standardised(8, 6))), X))
     assert reasons(groups.values()) == {}
@@ -61,7 +50,9 @@ def test_weight_standardisation() -> None:
 
 def test_convolution_over_channels_keeps_them() -> None:
     conv = nn.Conv1d(1, 1, 3, padding=1)
-    groups = prove(drawn(Net(lambda s, a, b: a * s.eca(a.mean((2, 3))[:, None]).transpose(1, 2)[..., None], eca=conv)), X)
+    groups = prove(
+        drawn(Net(lambda s, a, b: a * s.eca(a.mean((2, 3))[:, None]).transpose(1, 2)[..., None], eca=conv)), X
+    )
     assert reasons(groups)["a"] == "it is convolved over in module 'eca'"
 
 
@@ -96,7 +87,9 @@ class Heads(nn.Module):
             shape = (n, length, 3, self.num_heads, -1) if self.named else (n, length, 3, -1, self.head_dim)
             q, k, v = self.qkv(x).reshape(shape).permute(2, 0, 3, 1, 4).unbind(0)
         elif self.shared:
-            q, k, v = (layer(x).view(n, length, -1, self.head_dim).transpose(1, 2) for layer in (self.q, self.k, self.v))
+            q, k, v = (
+                layer(x).view(n, length, -1, self.head_dim).transpose(1, 2) for layer in (self.q, self.k, self.v)
+            )
             k, v = (part.repeat_interleave(q.shape[1] // k.shape[1], 1) for part in (k, v))
         else:
             q, k, v = self.split(self.q(x)), self.split(self.k(x)), self.split(self.v(x))
