@@ -128,6 +128,8 @@ class ChannelGroup:
         sizes: Numbers among modules' own attributes that count these channels.
         passages: Where these channels enter and leave modules whose statistics change when one is removed.
         part: Which part of a transformer they are: `"heads"`, `"head_dim"`, `"mlp"`, `"embedding"`; `""` elsewhere.
+        tied: Label of the unit of removal of each channel, where layers that share no channel go together (the heads of
+            queries and of values); None where the members' own ties say it all.
     """
 
     name: str
@@ -139,6 +141,7 @@ class ChannelGroup:
     sizes: tuple[SizeAttribute, ...] = ()
     passages: tuple[Passage, ...] = ()
     part: str = ""
+    tied: Tensor | None = field(default=None, repr=False)
 
     @property
     def writers(self) -> tuple[Member, ...]:
@@ -161,6 +164,9 @@ class ChannelGroup:
 
         Channels tied by a grouped convolution or a GroupNorm share a label.
         """
+        if self.tied is not None:
+            tied: Tensor = torch.unique(self.tied, return_inverse=True)[1]
+            return tied
         if all(member.ties is None for member in self.members):
             return torch.arange(self.width)
         label = list(range(self.width))

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from nni_plugin.groups import ChannelGroup, Slice
 from nni_plugin.narrowing import gone_positions
 from nni_plugin.plan import PruningPlan
-from nni_plugin.tensors import tensor_of
 
 
 class Masks:
@@ -30,6 +29,8 @@ class Masks:
         self.model = model
         self.groups = {group.name: group for group in groups}
         self.removed: dict[str, Tensor] = {}
+        # Parameters, not names: they keep their identity, and hundreds of lookups a step would show.
+        self._parameters = dict(model.named_parameters(remove_duplicate=False))
         self._dead: list[tuple[nn.Parameter, int, Tensor]] = []
 
     def remove(self, kept: Mapping[str, Tensor]) -> None:
@@ -39,11 +40,10 @@ class Masks:
             gone[channels] = False
             self.removed[name] = gone
         stays = {name: ~gone.numpy() for name, gone in self.removed.items() if bool(gone.any())}
-        # Parameters, not names: they keep their identity, and hundreds of lookups a minibatch would show.
         self._dead = [
-            (tensor, dim, torch.from_numpy(positions).to(tensor.device))
+            (self._parameters[name], dim, torch.from_numpy(positions).to(self._parameters[name].device))
             for (name, dim), positions in gone_positions(self.groups.values(), stays).items()
-            if isinstance(dim, int) and isinstance(tensor := tensor_of(self.model, name), nn.Parameter)
+            if isinstance(dim, int) and name in self._parameters
         ]
 
     @torch.no_grad()

@@ -103,7 +103,8 @@ class _Narrowing:
             return replace(group, members=members, host=None, passages=passages)
         sizes = tuple(replace(size, channel=self._channel(size.channel)) for size in group.sizes)
         width = int(self._stays.sum())
-        return replace(group, width=width, members=members, host=None, sizes=sizes, passages=passages)
+        tied = None if group.tied is None else group.tied[torch.from_numpy(self._stays)]
+        return replace(group, width=width, members=members, host=None, sizes=sizes, passages=passages, tied=tied)
 
     def _member(self, member: Member) -> Member:
         index, channel = self._numbers((member.path, member.axis), member)

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
-from typing import TYPE_CHECKING
+from collections.abc import Collection, Mapping
+from typing import Any
 
 from nni_plugin.errors import GraphError
-
-if TYPE_CHECKING:
-    from nni_plugin.plan import PruningPlan
 
 PARTS = ("heads", "head_dim", "mlp", "embedding")
 """Whole attention heads; positions of every head alike; hidden channels of an MLP; channels of the residual stream."""
@@ -31,6 +28,6 @@ def checked_parts(parts: Collection[str]) -> frozenset[str]:
     return chosen
 
 
-def parts_of(plan: PruningPlan) -> Collection[str]:
-    """Return the parts that a plan was made for: a group of head positions is another than one of heads."""
-    return plan.provenance.get("parts") or DEFAULT_PARTS
+def parts_of(provenance: Mapping[str, Any]) -> Collection[str]:
+    """Return the parts that a plan was made for, by its provenance: heads are other groups than head positions."""
+    return provenance.get("parts") or DEFAULT_PARTS

@@ -53,7 +53,7 @@ def apply_plan(
     """
     if plan.removed_blocks:
         return _apply_with_blocks(model, plan, example_inputs, check)
-    found = list(find_groups(model, example_inputs, parts=parts_of(plan)) if groups is None else groups)
+    found = list(find_groups(model, example_inputs, parts=parts_of(plan.provenance)) if groups is None else groups)
     try:
         _cut(model, plan, found, example_inputs, check)
     except SurgeryError:

@@ -169,7 +169,8 @@ def _in_their_form(graph: Any, model: nn.Module, group: ChannelGroup) -> tuple[C
     members = theirs.members
     if theirs.width == group.width and not torch.equal(theirs.unit, group.unit):
         members = tuple(replace(member, ties=group.unit[member.channel]) for member in members)
-    return replace(theirs, members=members, fixed=group.fixed, sizes=group.sizes, passages=group.passages), ""
+    theirs = replace(theirs, members=members, tied=group.tied, sizes=group.sizes, passages=group.passages)
+    return replace(theirs, fixed=group.fixed), ""
 
 
 def _positions(group: ChannelGroup) -> dict[tuple[str, str], set[tuple[int, int]]]:

@@ -85,7 +85,7 @@ def verify(
     if plan.removed_blocks:
         removal = find_removal(model_before, plan.removed_blocks, example_inputs)
         return verify_with_blocks(model_before, plan, removal, example_inputs, tolerance=tolerance)
-    parts = parts_of(plan)
+    parts = parts_of(plan.provenance)
     found = list(find_groups(model_before, example_inputs, parts=parts) if groups is None else groups)
     check_fit(plan, found)
     masked, compact = copy.deepcopy(model_before), _copy_sharing_values(model_before)
@@ -195,11 +195,12 @@ def _renormalise(
 
 def _on_kept(compact: nn.Module, removed: Mapping[tuple[str, int], Tensor]) -> Any:
     def hook(_: nn.Module, inputs: tuple[Any, ...], keywords: dict[str, Any], output: Any) -> Any:
-        first, *rest = inputs
+        named = None if inputs else next(iter(keywords))
+        first, *rest = inputs if named is None else (keywords[named],)
         for (side, dim), index in removed.items():
             if side == "in":
                 first = first.index_select(dim, _others(first.shape[dim], index).to(first.device))
-        got = compact(first, *rest, **keywords)
+        got = compact(first, *rest, **keywords) if named is None else compact(**{**keywords, named: first})
         if not isinstance(output, Tensor):
             return got
         result = torch.zeros_like(output)

@@ -111,6 +111,9 @@ class _Coupling:
                 forked=forked,
                 passages=tuple(self._passages(index)),
             )
+            unit = self.unit_labels(index)
+            if not torch.equal(group.unit, unit):  # no one layer holds all that goes together
+                group = replace(group, tied=unit)
             part = self._part(group, index)
             if part and part not in parts and group.fixed is None:
                 group = group.freeze(f"it is {_SAID[part]}, and parts={', '.join(sorted(parts))} leaves these whole")

@@ -220,7 +220,7 @@ def looked_up(trace: Trace, operator: Any, args: Any, kwargs: Any, outputs: list
 
 @rule("flip", "roll")
 def turned(trace: Trace, operator: Any, args: Any, kwargs: Any, outputs: list[Tensor]) -> Labels:
-    """Move positions around: channels keep whom they belong to."""
+    """Turn positions around: channels keep whom they belong to. Rolled ones would come to others once some are gone."""
     labels, rank = trace.labels(args[0]), args[0].dim()
     dims = args[1] if ".flip" in str(operator) else (args[2] if len(args) > 2 else [])
     if ".roll" in str(operator) and not dims:
@@ -230,7 +230,10 @@ def turned(trace: Trace, operator: Any, args: Any, kwargs: Any, outputs: list[Te
     for at, dim in enumerate(dims):
         if labels.block(dim % rank) is not None:
             positions = np.arange(args[0].shape[dim])
-            moved = positions[::-1] if ".flip" in str(operator) else np.roll(positions, args[1][at])
+            moved = positions[::-1]
+            if ".roll" in str(operator):
+                moved = np.roll(positions, args[1][at])
+                trace.fix(labels.at(dim % rank), "is rolled")
             labels = _at(labels, dim % rank, moved)
     return labels
 

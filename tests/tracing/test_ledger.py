@@ -105,6 +105,14 @@ def test_heads_come_before_their_positions() -> None:
     assert not solved.contracted[solved.tied[heads]].any()
 
 
+def test_heads_come_before_longer_dimensions() -> None:
+    ledger = Ledger()
+    atoms = ledger.new(10)
+    heads, _ = ledger.split(atoms.reshape(2, 5))
+    ledger.heads(heads)
+    assert units(ledger.solve(), atoms) == [0] * 5 + [1] * 5
+
+
 def test_positions_come_first_where_they_are_asked_for() -> None:
     ledger, atoms, _ = attention()
     assert units(ledger.solve(head_dim=True), atoms) == [0, 1, 2, 3] * 2

@@ -92,6 +92,7 @@ KEPT: dict[str, tuple[Do, int, str]] = {
     "index": (lambda s, a, b: a[:, [1, 0, 3, 2, 5, 4, 7, 6]] + b, 8, "indexed by a tensor"),
     "mask": (lambda s, a, b: a[:, torch.arange(8) % 2 == 0] + b[:, :4], 4, "indexed by a tensor"),
     "index-select": (lambda s, a, b: a.index_select(1, torch.tensor(3)) + b, 8, "indexed by a tensor"),
+    "roll": (lambda s, a, b: a.roll(3, 1) + b, 8, "is rolled in module ''"),
     "flat-roll": (lambda s, a, b: a.roll(3) + b, 8, "rolled over all dimensions"),
     "shift-by-padding": (lambda s, a, b: F.pad(a, (0, 0, 0, 0, 1, -1)) + b, 8, "padded"),
     "padding": (lambda s, a, b: F.pad(a, (0, 0, 0, 0, 0, 2)), 10, "padded"),
@@ -134,6 +135,13 @@ def test_units_of_chunks_and_shuffles() -> None:
     assert groups["a"].members[0].channel.tolist() == [0, 1, 2, 3] * 2
     groups = by_name(prove(drawn(Net(lambda s, a, b: shuffled(a, 2))), X))
     assert groups["a"].units == 4
+
+
+@pytest.mark.parametrize("name", ["stack-and-sum", "stack-last-and-sum"])
+def test_what_is_stacked_and_summed_is_added(name: str) -> None:
+    groups = by_name(prove(drawn(Net(FOLLOWED[name][0])), X))
+    assert groups["a"].width == 8
+    assert groups["a"].residual
 
 
 def test_scalars_are_no_channels() -> None:

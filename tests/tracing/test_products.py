@@ -6,6 +6,8 @@ from attention_blocks import Standardised
 from torch import Tensor, nn
 from traced import Net, X, by_name, drawn, paths, prove, reasons
 
+from nni_plugin.adapters.torch_pruning import find_groups
+
 F = nn.functional
 
 CONVOLUTIONS = {
@@ -149,6 +151,27 @@ def test_a_scale_that_torch_takes_from_the_width_keeps_it() -> None:
     groups = by_name(prove(drawn(Net(attend, attention=Plain())), X))
     assert groups["attention.q"].fixed == "it sets the scale of an attention by its number in module 'attention'"
     assert groups["a"].fixed is None
+
+
+def test_a_mask_has_a_row_for_every_head() -> None:
+    """Given to torch's fused kernel, which takes none that wants a gradient."""
+
+    class Masked(Heads):
+        def __init__(self) -> None:
+            super().__init__(True, True, True)
+            self.slopes = nn.Parameter(torch.ones(4, 1, 1))
+
+        def forward(self, x: Tensor) -> Tensor:
+            n, length, _ = x.shape
+            q, k, v = self.qkv(x).reshape(n, length, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
+            mask = (self.slopes * torch.linspace(0, 1, length, dtype=x.dtype)).expand(-1, length, -1).detach()
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask[None], scale=self.scale)
+            return self.proj(y.transpose(1, 2).reshape(n, length, -1))
+
+    groups = by_name(find_groups(drawn(Net(attend, attention=Masked())), X))
+    assert groups["attention.qkv"].units == 4
+    assert "attention.slopes" in paths(groups["attention.qkv"])
+    assert reasons(groups.values()) == {}
 
 
 def test_a_product_with_a_bare_parameter_keeps_what_it_sums_over() -> None:
