@@ -85,7 +85,7 @@ def check_units(model: nn.Module, removal: Removal, earlier: PruningPlan | None,
         layers = [layer for path, layer in model.named_modules() if unit.holds(path)]
         if any(1 in (getattr(layer, "in_channels", 0), getattr(layer, "out_channels", 0)) for layer in layers):
             raise PlanError(
-                f"Unit {unit.name!r} joins single channels, and whether different ones have been removed before cannot be "
+                f"Unit {unit.name!r} joins single channels; whether different ones have been removed before cannot be "
                 "seen in the network. Remove the unit first, or in one plan with its channels. The model is unchanged."
             )
         touching = [g for g in groups if any(unit.holds(m.path) for m in g.members)]
