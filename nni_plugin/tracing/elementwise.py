@@ -88,12 +88,7 @@ def restrided(trace: Trace, operator: Any, args: Any, kwargs: Any, outputs: list
 
 @rule("copy_")
 def copied(trace: Trace, operator: Any, args: Any, kwargs: Any, outputs: list[Tensor]) -> Labels:
-    """Match a tensor with what is written into it; what it is a view of does not learn of channels it had not."""
-    target, source = trace.labels(args[0]), trace.labels(args[1])
-    for block in source.blocks:
-        shift = args[0].dim() - args[1].dim()
-        if any(target.at(dim + shift) is None for dim in block.dims):
-            trace.fix(block.atoms, "is written into a part of a tensor")
+    """Match a tensor with what is written into it."""
     inputs = [tensor for tensor in args[:2] if tensor.dim() > 0]
     return matched(trace, [(trace.labels(tensor), list(tensor.shape)) for tensor in inputs], list(outputs[0].shape))
 

@@ -205,15 +205,21 @@ class Trace(TorchDispatchMode):
         """Take down that an operator which works in place changed the tensor that its target is a view of."""
         base: Tensor = view._base  # type: ignore[assignment]
         known = self.value(base)
+        blocks = list(known.labels.blocks)
         for block in after.blocks:
-            if any(before.at(dim) is None for dim in block.dims):
+            if all(before.at(dim) is not None for dim in block.dims):
+                continue
+            fits = base.dim() == view.dim() and all(base.shape[dim] == view.shape[dim] for dim in block.dims)
+            if fits and known.labels.free.issuperset(block.dims):
+                blocks.append(block)  # a constant that is being filled, as padding does
+            else:
                 self.fix(block.atoms, "is written into a part of a tensor")
         if step is not None:
             sources = [step] if known.step is None else [known.step, step]
             step = self._step("written", sources, None)
             step.reads = [block.atoms for labels in (known.labels, after) for block in labels.blocks]
-            step.writes = [block.atoms for block in known.labels.blocks]
-        self._values[base] = Value(Labels(known.labels.blocks), step or known.step)
+            step.writes = [block.atoms for block in blocks]
+        self._values[base] = Value(Labels(tuple(blocks)), step or known.step)
 
     def _step(self, name: str, inputs: list[Step], layer: str | None) -> Step:
         kind = "" if layer is None else kind_of(self._modules[layer])

@@ -103,7 +103,6 @@ KEPT: dict[str, tuple[Do, int, str]] = {
         "says which positions",
     ),
     "written-into-zeros": (lambda s, a, b: written(torch.zeros_like(b), a, slice(0, 4)) + b, 8, "part of a tensor"),
-    "copied-into": (lambda s, a, b: torch.empty_like(b).copy_(a) + b, 8, "part of a tensor"),
     "unknown": (lambda s, a, b: torch.fft.rfft2(a).abs()[..., :1] + b, 8, "aten._fft_r2c in '' is not followed"),
     "fixed-size": (lambda s, a, b: a * torch.linspace(0, 1, 8).double()[:, None, None] + b, 8, "meets a fixed size"),
     "nested": (
