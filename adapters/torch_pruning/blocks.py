@@ -83,8 +83,8 @@ def check_units(model: nn.Module, removal: Removal, earlier: PruningPlan | None,
 
     for unit in units:
         layers = [layer for path, layer in model.named_modules() if unit.holds(path)]
-        names = ("in_channels", "out_channels", "in_features", "out_features")
-        if any(getattr(layer, name, 0) == 1 for layer in layers for name in names):
+        counts = ("in_channels", "out_channels", "in_features", "out_features")
+        if any(getattr(layer, name, 0) == 1 for layer in layers for name in counts):
             raise PlanError(
                 f"Unit {unit.name!r} joins single channels; whether different ones have been removed before cannot be "
                 "seen in the network. Remove the unit first, or in one plan with its channels. The model is unchanged."
