@@ -115,16 +115,16 @@ def _main_side(sides: list[set[Step]]) -> set[Step]:
     return main
 
 
-def _leads_to(sources: set[Step], targets: set[Step], limit: int = 400) -> bool:
-    """Tell whether a target is computed from a source, looking at most `limit` steps back."""
-    queue: list[Step] = list(targets)
+def _leads_to(sources: set[Step], targets: set[Step]) -> bool:
+    """Tell whether a target is computed from a source."""
+    stack: list[Step] = list(targets)
     seen: set[Step] = set()
-    while queue and len(seen) < limit:
-        current = queue.pop(0)
+    while stack:
+        current = stack.pop()
         if current in seen:
             continue
         seen.add(current)
         if current in sources:
             return True
-        queue += current.inputs
+        stack += current.inputs
     return False

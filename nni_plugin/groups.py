@@ -59,7 +59,7 @@ class Member:
         index: Positions on the axis, int64, shape `[n]`.
         channel: The group's channel behind each position, int64, shape `[n]`.
         slices: The same, tensor by tensor.
-        ties: For each position the label of those that must go together, or None.
+        ties: Of a layer that works in channel groups, for each position the label of those that go together.
         writer: Whether the channel's gate lies on this member's output.
         beside: Whether it only scales the gated signal (the last layer of a squeeze-excite branch, and a
             normalisation behind it).
@@ -128,8 +128,8 @@ class ChannelGroup:
         sizes: Numbers among modules' own attributes that count these channels.
         passages: Where these channels enter and leave modules whose statistics change when one is removed.
         part: Which part of a transformer they are: `"heads"`, `"head_dim"`, `"mlp"`, `"embedding"`; `""` elsewhere.
-        tied: Label of the unit of removal of each channel, where layers that share no channel go together (the heads of
-            queries and of values); None where the members' own ties say it all.
+        tied: Label of the unit of removal of each channel, where more goes together than grouped layers say (the
+            rows of a head, the halves of a split); None where these say it all.
     """
 
     name: str

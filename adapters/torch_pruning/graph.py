@@ -166,11 +166,9 @@ def _in_their_form(graph: Any, model: nn.Module, group: ChannelGroup) -> tuple[C
         return None, f"Torch-Pruning cannot follow the channels of {group.name!r} ({type(error).__name__}: {error})"
     if group.fixed is None and _positions(theirs) != _positions(group):
         return None, f"Torch-Pruning couples other channels with those of {group.name!r}"
-    members = theirs.members
-    if theirs.width == group.width and not torch.equal(theirs.unit, group.unit):
-        members = tuple(replace(member, ties=group.unit[member.channel]) for member in members)
-    theirs = replace(theirs, members=members, tied=group.tied, sizes=group.sizes, passages=group.passages)
-    return replace(theirs, fixed=group.fixed), ""
+    differs = theirs.width == group.width and not torch.equal(theirs.unit, group.unit)
+    tied = group.unit if differs else None
+    return replace(theirs, fixed=group.fixed, tied=tied, sizes=group.sizes, passages=group.passages), ""
 
 
 def _positions(group: ChannelGroup) -> dict[tuple[str, str], set[tuple[int, int]]]:

@@ -41,7 +41,9 @@ def stand_in(model: nn.Module, example_inputs: Any) -> tuple[nn.Module, Any]:
             if not tensor.is_floating_point() or not vector or tensor.numel() == 0:
                 continue
             if tensor.dim() <= 1:
-                drawn = torch.rand(tensor.shape, generator=generator) + 0.5
+                # Of either sign what is added: sums of what is positive would pass a ReLU that is not behind one.
+                added = name.rpartition(".")[2] in ("bias", "running_mean")
+                drawn = torch.rand(tensor.shape, generator=generator) + (-0.5 if added else 0.5)
             else:
                 repeats = -(-tensor.numel() // len(normal))
                 drawn = normal.repeat(repeats)[: tensor.numel()].view(tensor.shape)

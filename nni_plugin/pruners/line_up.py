@@ -77,6 +77,8 @@ def order_of(model: nn.Module, group: ChannelGroup, dead: Tensor) -> Order | Non
 
 def _blocks(model: nn.Module, group: ChannelGroup) -> Tensor | None:
     """Return the block of each channel, where all tied layers of a group divide it into the same equal blocks."""
+    if group.tied is not None:
+        return None  # by something else than equal blocks, as the rows of a head are
     found: Tensor | None = None
     for member in group.members:
         if len(torch.bincount(member.channel, minlength=group.width).unique()) > 1:
@@ -85,8 +87,6 @@ def _blocks(model: nn.Module, group: ChannelGroup) -> Tensor | None:
             continue
         layer = model.get_submodule(member.path)
         number = layer.groups if isinstance(layer, _ConvNd) else int(getattr(layer, "num_groups", 1))
-        if number == 1:
-            return None  # tied by something else than equal blocks, as the rows of a head are
         # Only where the layer holds just these channels, in their order, does a place in a block mean the same to all.
         in_order = torch.arange(group.width)
         if not torch.equal(member.channel, in_order) or not torch.equal(member.index, in_order):

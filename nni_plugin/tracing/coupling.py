@@ -102,7 +102,7 @@ class _Coupling:
             ]
             writers, beside, forked = gate_writers(inside, outs)
             in_order = sorted(members[index], key=lambda member: (member.path != name, member.axis != "out"))
-            marked = self._marked(in_order, _layers(writers), _layers(beside), self.unit_labels(index))
+            marked = _marked(in_order, _layers(writers), _layers(beside))
             group = ChannelGroup(
                 name=name,
                 width=len(self.roots[index]),
@@ -111,8 +111,8 @@ class _Coupling:
                 forked=forked,
                 passages=tuple(self._passages(index)),
             )
-            unit = self.unit_labels(index)
-            if not torch.equal(group.unit, unit):  # no one layer holds all that goes together
+            unit = self._units(index)
+            if group.units > int(unit.max()) + 1:  # more goes together than grouped layers say
                 group = replace(group, tied=unit)
             part = self._part(group, index)
             if part and part not in parts and group.fixed is None:
@@ -183,19 +183,6 @@ class _Coupling:
                 members[index].append(Member(name, "out", "parameter", positions, channel, (piece,)))
         return members
 
-    def _marked(self, members: list[Member], writers: set[str], beside: set[str], unit: Tensor) -> Iterator[Member]:
-        """Say which members carry the gate, and which positions are tied beyond what grouped layers tie."""
-        own = ChannelGroup("", len(unit), tuple(members))
-        beyond = own.units > int(unit.max()) + 1
-        for member in members:
-            is_out = member.axis == "out"
-            yield replace(
-                member,
-                ties=unit[member.channel] if beyond and member.kind != "parameter" else member.ties,
-                writer=is_out and member.path in writers,
-                beside=is_out and member.path in beside,
-            )
-
     def _inside(self) -> list[set[Step]]:
         inside: list[set[Step]] = [set() for _ in self.names]
         for step in self.trace.steps:
@@ -224,7 +211,7 @@ class _Coupling:
             return ""
         return "embedding" if group.residual else "mlp"
 
-    def unit_labels(self, index: int) -> Tensor:
+    def _units(self, index: int) -> Tensor:
         """Return the unit of each channel of a group, numbered from 0."""
         units = self.unit_of[self.roots[index]]
         return torch.from_numpy(np.unique(units, return_inverse=True)[1].astype(np.int64))
@@ -258,6 +245,13 @@ class _Coupling:
 
 def _layers(steps: Iterable[Step]) -> set[str]:
     return {step.layer for step in steps if step.layer is not None}
+
+
+def _marked(members: Iterable[Member], writers: set[str], beside: set[str]) -> Iterator[Member]:
+    """Say which members carry the gate."""
+    for member in members:
+        is_out = member.axis == "out"
+        yield replace(member, writer=is_out and member.path in writers, beside=is_out and member.path in beside)
 
 
 def _of_layer(path: str, layer: nn.Module, axis: Axis, index: Tensor, channel: Tensor) -> Member:
