@@ -13,10 +13,11 @@ import torch
 from torch import nn
 
 from nni_plugin.adapters.torch_pruning.blocks import channel_part, check_units, note_removed
+from nni_plugin.adapters.torch_pruning.compare import Parity, compare
 from nni_plugin.adapters.torch_pruning.graph import find_groups
-from nni_plugin.adapters.torch_pruning.probe import sound_groups
+from nni_plugin.adapters.torch_pruning.probe import without_chance
 from nni_plugin.adapters.torch_pruning.surgery import cut_channels
-from nni_plugin.adapters.torch_pruning.verify import Parity, verify, verify_with_blocks
+from nni_plugin.adapters.torch_pruning.verify import verify_with_blocks
 from nni_plugin.cost import call
 from nni_plugin.errors import PlanError, SurgeryError
 from nni_plugin.groups import ChannelGroup
@@ -59,11 +60,7 @@ def apply_plan(
     except SurgeryError:
         if groups is not None:
             raise
-        # A number that equals a width by chance shows only when it is tried, as it was when the plan was made.
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            sound = sound_groups(model, found, example_inputs)
-        if [len(group.sizes) for group in sound] == [len(group.sizes) for group in found]:
+        if (sound := without_chance(model, found, example_inputs)) is None:
             raise
         _cut(model, plan, sound, example_inputs, check)
     return model
@@ -71,7 +68,7 @@ def apply_plan(
 
 def _cut(model: nn.Module, plan: PruningPlan, groups: list[ChannelGroup], example_inputs: Any, check: bool) -> None:
     if check:
-        _prove(verify(model, plan, example_inputs, groups=groups))
+        _prove(compare(model, plan, example_inputs, groups))
     if plan.channels_removed == 0 and not any(group.factors for group in plan.groups):
         warnings.warn("The plan removes nothing: the network stays as it is.", stacklevel=4)
     composed = _composed(model, plan)

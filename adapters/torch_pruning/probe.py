@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from nni_plugin.adapters.torch_pruning.verify import verify
+from nni_plugin.adapters.torch_pruning.compare import compare
 from nni_plugin.errors import PlanError, SurgeryError
 from nni_plugin.groups import ChannelGroup
 from nni_plugin.plan import GroupPlan, PruningPlan
@@ -74,6 +74,19 @@ def sound_groups(model: nn.Module, groups: Sequence[ChannelGroup], example_input
     ]
 
 
+def without_chance(model: nn.Module, groups: Sequence[ChannelGroup], example_inputs: Any) -> list[ChannelGroup] | None:
+    """Return groups as found without the numbers that equal a width by chance; None where there is no such number.
+
+    That shows only when groups are tried, as they were when a plan was made.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        sound = sound_groups(model, groups, example_inputs)
+    if all(len(one.sizes) == len(other.sizes) for one, other in zip(sound, groups, strict=True)):
+        return None
+    return [replace(group, sizes=tried.sizes) for group, tried in zip(groups, sound, strict=True)]
+
+
 def _first_at_fault(trial: _Trial, groups: Sequence[ChannelGroup], failure: str) -> tuple[int, str]:
     """Return which group makes the groups up to it fail, where those before it do not, and how they fail."""
     low, high = 0, len(groups)  # the first `low` pass, the first `high` fail
@@ -110,7 +123,7 @@ class _Trial:
         plan = PruningPlan(tuple(_without_part(group) for group in tried))
         groups = {group.name: group for group in (*self.groups, *tried)}
         try:
-            parity = verify(self.model, plan, self.example_inputs, groups=list(groups.values()))
+            parity = compare(self.model, plan, self.example_inputs, list(groups.values()))
         except (PlanError, SurgeryError) as error:
             return str(error)
         return None if parity.ok else str(parity)
