@@ -24,7 +24,7 @@ $(STAMP): setup.cfg pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt setuptools wheel
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt \
-		--no-build-isolation --editable '.[train,export,plots,nni,dev]'
+		--no-build-isolation --editable '.[train,compare,export,plots,nni,docs,dev]'
 	touch $@
 
 demo: install  ## Train ResNet-20 on digits, prune it to half its MACs, write out/demo/report.html
