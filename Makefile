@@ -6,13 +6,13 @@ PYTHON ?= $(shell for python in python3.11 python3; do \
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-SOURCES := nni_plugin adapters benchmarks tests
+SOURCES := nni_plugin adapters benchmarks tests docs/hooks
 FARM := build/types
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help install demo test lint types format bench clean
+.PHONY: help install demo test lint types format bench docs clean
 
 help:  ## Show this list
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /make \1	/' | expand -t 16
@@ -54,6 +54,9 @@ format: install  ## Put the sources into the house's form
 
 bench: install  ## Measure what scoring and pruning cost beside plain training
 	$(BIN)/python -m nni_plugin.benchmarks
+
+docs: install  ## Build the documentation into build/docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --strict
 
 clean:  ## Remove what was built, keep .venv
 	rm -rf build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -1,56 +1,17 @@
-"""The report's figures as inline SVG: text stays text, colours follow the page's light or dark scheme.
-
-Matplotlib draws with stand-in colours, which are then replaced by the page's CSS variables. The variables
-hold colours of the Okabe-Ito palette, which colour-blind readers tell apart; line styles and labels say
-the same again for a print in grey.
-"""
+"""The figures of a pruning run's report."""
 
 from __future__ import annotations
 
-import io
-import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from nni_plugin.svg_figures import ACCURACY, CHANNELS, INK, MACS, STYLE, TRACK, as_svg, new_figure
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
-_WIDTH_INCHES = 5.2  # narrow, so that the text is still readable when a phone scales the figure down
 _MOST_POINTS = 600
 _MOST_BARS = 80
-
-# Stand-in colour -> what the page shows. No two may be equal, and none may be drawn otherwise.
-_INK, _GRID, _TRACK = "#010101", "#020202", "#030303"
-_ACCURACY, _CHANNELS, _MACS = "#040404", "#050505", "#060606"
-_CSS = {
-    _INK: "currentColor",
-    _GRID: "var(--grid)",
-    _TRACK: "var(--track)",
-    _ACCURACY: "var(--accuracy)",
-    _CHANNELS: "var(--channels)",
-    _MACS: "var(--macs)",
-}
-_STYLE: dict[Any, Any] = {
-    "svg.fonttype": "none",
-    "svg.hashsalt": "nni-plugin",  # equal data gives an equal file
-    "font.family": "sans-serif",
-    "font.sans-serif": ["DejaVu Sans"],
-    "font.size": 9.5,
-    "axes.titlesize": 9.5,
-    "text.parse_math": False,  # a layer may be called anything, a dollar sign included
-    "text.color": _INK,
-    "axes.labelcolor": _INK,
-    "axes.edgecolor": _INK,
-    "xtick.color": _INK,
-    "ytick.color": _INK,
-    "grid.color": _GRID,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "legend.frameon": False,
-}
 
 
 def history_axis(history: Sequence[Mapping[str, Any]]) -> tuple[str, str]:
@@ -91,8 +52,8 @@ def plot_history(
         return ""
     import matplotlib
 
-    with matplotlib.rc_context(_STYLE):
-        figure = _figure(2.1 * len(panels) + 0.4)
+    with matplotlib.rc_context(STYLE):
+        figure = new_figure(2.1 * len(panels) + 0.4)
         axes = figure.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0]
         for panel, ax in zip(panels, axes, strict=True):
             if panel == "top1":
@@ -103,7 +64,7 @@ def plot_history(
         axes[-1].set_xlabel(label)
         if key == "epoch":
             axes[-1].xaxis.get_major_locator().set_params(integer=True)
-        return _svg(figure, "h-", f"Top-1 accuracy and share of channels kept over the {label}s")
+        return as_svg(figure, "h-", f"Top-1 accuracy and share of channels kept over the {label}s")
 
 
 def plot_widths(widths: Sequence[tuple[str, int, int]]) -> tuple[str, int]:
@@ -125,12 +86,12 @@ def plot_widths(widths: Sequence[tuple[str, int, int]]) -> tuple[str, int]:
 
     most_cut = sorted(range(len(widths)), key=lambda i: widths[i][1] / max(widths[i][2], 1))[:_MOST_BARS]
     shown = [widths[i] for i in sorted(most_cut)]
-    with matplotlib.rc_context(_STYLE):
-        figure = _figure(0.21 * len(shown) + 0.8)
+    with matplotlib.rc_context(STYLE):
+        figure = new_figure(0.21 * len(shown) + 0.8)
         ax = figure.subplots()
         places = range(len(shown))
-        ax.barh(places, [total for _, _, total in shown], color=_TRACK, height=0.72, label="removed")
-        ax.barh(places, [kept for _, kept, _ in shown], color=_CHANNELS, height=0.72, label="kept")
+        ax.barh(places, [total for _, _, total in shown], color=TRACK, height=0.72, label="removed")
+        ax.barh(places, [kept for _, kept, _ in shown], color=CHANNELS, height=0.72, label="kept")
         widest = max(total for _, _, total in shown)
         for place, (_, kept, total) in enumerate(shown):
             ax.text(total + 0.01 * widest, place, f"{kept} / {total}", va="center", fontsize=8)
@@ -140,7 +101,7 @@ def plot_widths(widths: Sequence[tuple[str, int, int]]) -> tuple[str, int]:
         ax.grid(visible=False, axis="y")
         ax.tick_params(axis="y", length=0)
         ax.set_xlabel("channels")
-        return _svg(figure, "w-", "Channels kept of each layer"), len(shown)
+        return as_svg(figure, "w-", "Channels kept of each layer"), len(shown)
 
 
 def _series(history: Sequence[Mapping[str, Any]], key: str, name: str) -> tuple[list[float], list[float]]:
@@ -155,20 +116,20 @@ def _series(history: Sequence[Mapping[str, Any]], key: str, name: str) -> tuple[
 
 def _draw_accuracy(ax: Axes, points: tuple[list[float], list[float]], baseline: float | None) -> None:
     marker = "o" if len(points[0]) <= 60 else ""
-    ax.plot(*points, color=_ACCURACY, marker=marker, markersize=3.5, linewidth=1.6, label="test top-1")
+    ax.plot(*points, color=ACCURACY, marker=marker, markersize=3.5, linewidth=1.6, label="test top-1")
     if baseline is not None:
-        ax.axhline(baseline, color=_INK, linewidth=1, linestyle=(0, (1, 2)), label="before pruning")
+        ax.axhline(baseline, color=INK, linewidth=1, linestyle=(0, (1, 2)), label="before pruning")
     ax.set_ylabel("test top-1 (%)")
     ax.legend(loc="best", fontsize=8.5)
 
 
 def _draw_shares(ax: Axes, series: Mapping[str, tuple[list[float], list[float]]], target: float | None) -> None:
-    looks = {"kept": (_CHANNELS, "-", "channels"), "macs_ratio": (_MACS, "--", "MACs")}
+    looks = {"kept": (CHANNELS, "-", "channels"), "macs_ratio": (MACS, "--", "MACs")}
     for name, (x, y) in series.items():
         color, line, label = looks[name]
         ax.plot(x, [100 * v for v in y], color=color, linestyle=line, linewidth=1.6, label=label)
     if target is not None:
-        ax.axhline(100 * target, color=_INK, linewidth=1, linestyle=(0, (1, 2)), label="MACs asked for")
+        ax.axhline(100 * target, color=INK, linewidth=1, linestyle=(0, (1, 2)), label="MACs asked for")
     ax.set_ylabel("kept (%)")
     ax.set_ylim(0, 105)
     ax.legend(loc="lower left", fontsize=8.5)
@@ -182,19 +143,13 @@ def _mark_phases(ax: Axes, history: Sequence[Mapping[str, Any]], key: str, *, wi
         if phase is None or phase == previous or x is None:
             continue
         if previous is not None:
-            ax.axvline(x, color=_INK, linewidth=0.7, alpha=0.6)
+            ax.axvline(x, color=INK, linewidth=0.7, alpha=0.6)
         if with_names:
             ax.annotate(
                 str(phase), (x, 1.0), xycoords=("data", "axes fraction"), xytext=(2, 2),
                 textcoords="offset points", fontsize=8.5,
             )  # fmt: skip
         previous = phase
-
-
-def _figure(height_inches: float) -> Figure:
-    from matplotlib.figure import Figure
-
-    return Figure(figsize=(_WIDTH_INCHES, height_inches), layout="constrained")
 
 
 def _shortened(name: str, longest: int = 30) -> str:
@@ -204,23 +159,3 @@ def _shortened(name: str, longest: int = 30) -> str:
     # The front tells stage and block, the end which layer of the block.
     head = longest * 3 // 5
     return f"{name[:head]}…{name[head + 1 - longest :]}"
-
-
-def _svg(figure: Figure, prefix: str, description: str) -> str:
-    """Return a figure as an `<svg>` element that fits the page around it."""
-    buffer = io.StringIO()
-    metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))
-    figure.savefig(buffer, format="svg", transparent=True, metadata=metadata)
-    text = buffer.getvalue()
-    text = text[text.index("<svg") :]
-    text = re.sub(r"<metadata>.*?</metadata>|<!--.*?-->", "", text, flags=re.DOTALL)
-    # The page's style sheet gives the size; a fixed one would not fit a phone.
-    text = re.sub(r'(<svg\b[^>]*?) width="[^"]*"', r"\1", text, count=1)
-    text = re.sub(r'(<svg\b[^>]*?) height="[^"]*"', r"\1", text, count=1)
-    # Names must be unique in the page, not only in the figure.
-    text = re.sub(r'(\bid="|href="#|url\(#)', lambda match: match.group() + prefix, text)
-    text = text.replace("'DejaVu Sans'", "system-ui")
-    for stand_in, css in _CSS.items():
-        text = text.replace(stand_in, css)
-    text = re.sub(r"\s*\n\s*", "\n", text)
-    return text.replace("<svg", f'<svg role="img" aria-label="{description}"', 1)

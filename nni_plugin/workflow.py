@@ -11,13 +11,12 @@ import json
 import math
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
-from itertools import islice
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from nni_plugin.adapters.data import DataSplits, create_loaders
 from nni_plugin.adapters.torch_pruning import Parity, apply_plan, verify
@@ -31,7 +30,7 @@ from nni_plugin.criteria.ablation import cross_entropy
 from nni_plugin.errors import OutputError, PlanError, SurgeryError, TrainingError
 from nni_plugin.job import Job, network_of, schedule_of
 from nni_plugin.job_plans import Planned, check_job, make_plan, method_of, pruner_of
-from nni_plugin.latency import measure_pair
+from nni_plugin.job_steps import FirstBatches, before_and_after
 from nni_plugin.machine import describe_machine, usable_device
 from nni_plugin.plan import PruningPlan
 from nni_plugin.planner import run_without_training
@@ -131,7 +130,7 @@ class _Run:
             "dataset": self.splits.name,
             "data_fingerprint": self.splits.fingerprint,
             "seed": self.job.seed,
-            **self._before_after(dense, baseline),
+            **before_and_after(dense, baseline, self.model, self.splits, self.device, self.job.latency_batch_sizes),
             "top1_before_finetune": done.after_cut,
             "parity_max_abs": parity.max_abs,
             "removed": {"channels": plan.channels_removed, "blocks": len(plan.removed_blocks)},
@@ -244,33 +243,16 @@ class _Run:
     def _top1(self) -> float:
         return evaluate(self.model, self.splits.test, self.device)["top1"]
 
-    def _score_batches(self, number: int | None = None) -> _FirstBatches:
+    def _score_batches(self, number: int | None = None) -> FirstBatches:
         number = number or self.job.score_batches
         if number is None and getattr(self.method, "is_ranking", False):
             number = math.ceil(2000 / (self.splits.score.batch_size or 1))
-        return _FirstBatches(self.splits.score, self.device, number)
+        return FirstBatches(self.splits.score, self.device, number)
 
     def _with_provenance(self, plan: PruningPlan) -> PruningPlan:
         data = {"name": self.splits.name, "fingerprint": self.splits.fingerprint}
         more = {"method": self.job.method, "seed": self.job.seed, "data": data}
         return replace(plan, provenance={**more, **plan.provenance})
-
-    def _before_after(self, dense: nn.Module, baseline: float) -> dict[str, Any]:
-        sizes = self.job.latency_batch_sizes
-        pairs = measure_pair(dense, self.model, self.splits.input_shape, sizes)
-        return {
-            "baseline": {
-                "top1": baseline,
-                **asdict(count(dense, self.examples)),
-                "latency_ms": {str(size): pair.first.median_ms for size, pair in zip(sizes, pairs, strict=True)},
-            },
-            "pruned": {
-                "top1": self._top1(),
-                **asdict(count(self.model, self.examples)),
-                "latency_ms": {str(size): pair.second.median_ms for size, pair in zip(sizes, pairs, strict=True)},
-            },
-            "latency_ratio": {str(size): pair.ratio for size, pair in zip(sizes, pairs, strict=True)},
-        }
 
     def _report(
         self, metrics: dict[str, Any], plan: PruningPlan, history: list[Any], parity: str, command: str
@@ -314,20 +296,6 @@ class _Watch(Callback):
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take the accuracy back."""
         self.top1 = float(state["top1"])
-
-
-class _FirstBatches:
-    """The first batches of a loader, on a device; can be gone through again."""
-
-    def __init__(self, loader: Any, device: torch.device, batches: int | None) -> None:
-        self.loader, self.device, self.batches = loader, device, batches
-
-    def __len__(self) -> int:
-        return min(len(self.loader), self.batches or len(self.loader))
-
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        for images, labels in islice(self.loader, self.batches):
-            yield images.to(self.device), labels.to(self.device)
 
 
 def _target(budget: Budget, metrics: Mapping[str, Any], plan: PruningPlan) -> Target:

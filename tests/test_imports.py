@@ -37,7 +37,7 @@ FLOORS = (
     frozenset({"tracing", "compensation", "narrowing"}),
     frozenset({"latency_cache", "latency_table", "rounding"}),
     frozenset({"plan", "masks", "networks", "workspace", "correlation", "search_space"}),
-    frozenset({"report", "report_plots"}),
+    frozenset({"svg_figures", "report", "report_plots"}),
     frozenset({"criteria"}),
     frozenset({"budgets"}),
     frozenset({"selection", "stages", "slim_cost", "slim_latency", "knapsack", "schedules", "scorer", "live_plan"}),
@@ -50,7 +50,18 @@ FLOORS = (
     ),
     frozenset({"performance"}),
     frozenset(
-        {"pruners", "job", "search_plans", "job_plans", "workflow", "correlation_study", "coverage", "experiment_job"}
+        {
+            "pruners",
+            "job",
+            "search_plans",
+            "job_plans",
+            "workflow",
+            "job_steps",
+            "correlation_study",
+            "comparison",
+            "coverage",
+            "experiment_job",
+        }
     ),
     frozenset({"block_study"}),
     frozenset({""}),  # nni_plugin/__init__.py, which only gathers the public names
@@ -60,12 +71,14 @@ FLOORS = (
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 
 # The arrows that point up, taken when called: `plan.apply(...)` is the public verb for the surgery, and a layer
-# statistic scores channels as a planner does. The names of layer importances are made of those of the criteria.
+# statistic scores channels as a planner does. The names of layer importances are made of those of the criteria. NNI's
+# own pruners need our speed-up behind them.
 UPWARD = {
     ("nni_plugin.plan", "nni_plugin.adapters.torch_pruning"),
     ("nni_plugin.layers.statistics", "nni_plugin.adapters.torch_pruning"),
     ("nni_plugin.layers.statistics", "nni_plugin.planner"),
     ("nni_plugin.layers.methods", "nni_plugin.methods"),
+    ("nni_plugin.adapters.nni.host_pruner", "nni_plugin.pruners"),
 }
 
 # Pruning hosts are touched in two rooms alone, and by the trial that users copy and the benchmark of their way through

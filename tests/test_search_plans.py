@@ -10,7 +10,7 @@ import torch
 from search_of_jobs import DATA, FURTHER, QUICK, job_of, run
 
 import nni_plugin.latency
-from nni_plugin import Channels, Latency, MACs, Params, count, workflow
+from nni_plugin import Channels, Latency, MACs, Params, count, job_steps
 from nni_plugin import search_plans as module
 from nni_plugin.adapters.training import TrainingConfig
 from nni_plugin.checkpoint import from_pretrained
@@ -26,7 +26,7 @@ from nni_plugin.workspace import STATE
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
     measure = nni_plugin.latency.measure_pair
-    monkeypatch.setattr(workflow, "measure_pair", lambda *args: measure(*args, min_run_time=1e-4, rounds=3))
+    monkeypatch.setattr(job_steps, "measure_pair", lambda *args: measure(*args, min_run_time=1e-4, rounds=3))
 
 
 X = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))

@@ -36,6 +36,32 @@ def integers(text: Any) -> tuple[int, ...]:
         raise BadValue(f"expected integers of at least 1 separated by commas, such as 1,64, got {text!r}") from error
 
 
+def seeds(text: Any) -> tuple[int, ...]:
+    """Read a list of seeds.
+
+    Example:
+        >>> seeds("0,1,2")
+        (0, 1, 2)
+    """
+    read = above(0, LARGEST_SEED)
+    return tuple(read(part) for part in _parts(text))
+
+
+def numbers(text: Any) -> tuple[float, ...]:
+    """Read a list of numbers.
+
+    Example:
+        >>> numbers(".75,.5")
+        (0.75, 0.5)
+    """
+    return tuple(number(part) for part in _parts(text))
+
+
+def latencies(text: Any) -> tuple[dict[str, float], ...]:
+    """Read a list of latencies, see :func:`latency`."""
+    return tuple(latency(part) for part in (text if isinstance(text, (list, tuple)) else str(text).split(",")))
+
+
 def names(text: Any) -> tuple[str, ...]:
     """Read a list of names, from YAML or separated by commas."""
     return tuple(part for part in _parts(text) if part)

@@ -13,13 +13,14 @@ from typing import Any, NoReturn
 
 import jsonargparse
 
-from nni_plugin.cli import correlate, coverage, experiment, export, layers, measure, prune
+from nni_plugin.cli import compare, correlate, coverage, experiment, export, layers, measure, prune
 from nni_plugin.errors import NNIPluginError
 
 COMMANDS: dict[str, ModuleType] = {
     "prune": prune,
     "measure": measure,
     "export": export,
+    "compare": compare,
     "correlate": correlate,
     "layers": layers,
     "coverage": coverage,

@@ -49,6 +49,12 @@ def add_job(parser: jsonargparse.ArgumentParser) -> None:
     add("--latency", type=latency, help="fraction of the measured latency to keep (0.7), or milliseconds (3.5ms)")
     add("--layers", type=above(1), help="whole blocks to remove, for imprinting, layer-... and block-gate")
     add("--channels", type=count_or_fraction, help="coupled channels to keep: a count (223) or a fraction (0.5)")
+    add_options(parser)
+
+
+def add_options(parser: jsonargparse.ArgumentParser) -> None:
+    """Declare the flags of all methods, of training and of measuring."""
+    add = parser.add_argument
     add(
         "--schedule",
         type=str,
@@ -170,8 +176,12 @@ def job_from(settings: Mapping[str, Any]) -> Any:
     return job_of(parser.parse_object(dict(settings)))
 
 
-def job_of(arguments: Any) -> Any:
+def job_of(arguments: Any, budget: Budget | None = None) -> Any:
     """Return the :class:`~nni_plugin.job.Job` that the arguments ask for.
+
+    Args:
+        arguments: Of `prune`, or another command's with the same options.
+        budget: What the result may cost; None: as the flags say.
 
     Raises:
         ArgumentError: They contradict each other.
@@ -184,7 +194,7 @@ def job_of(arguments: Any) -> Any:
     if in_vain and arguments.schedule != "one-shot":
         flag = {"reestimate": "bn-reestimate"}.get(in_vain[0], in_vain[0].replace("_", "-"))
         raise argparse.ArgumentError(None, f"--{flag} belongs to --schedule one-shot: others prune while they train")
-    budget = _budget_of(arguments)
+    budget = budget or _budget_of(arguments)
     amp = {"bfloat16": "bf16", "float16": "fp16"}[arguments.amp_dtype] if arguments.amp else "no"
     shared = {
         field.name: arguments[field.name]

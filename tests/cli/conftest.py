@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import pytest
 
-import nni_plugin.workflow
+import nni_plugin.job_steps
 from nni_plugin.cli import main
 
 
@@ -32,8 +32,8 @@ def _measure_quickly(monkeypatch: pytest.MonkeyPatch) -> None:
             return measure(*args, **{**kwargs, **extra, "min_run_time": 0.01})
 
         monkeypatch.setattr(nni_plugin.latency, name, quick)
-        if hasattr(nni_plugin.workflow, name):
-            monkeypatch.setattr(nni_plugin.workflow, name, quick)
+        if hasattr(nni_plugin.job_steps, name):
+            monkeypatch.setattr(nni_plugin.job_steps, name, quick)
 
 
 @pytest.fixture(autouse=True)

@@ -41,12 +41,12 @@ def _child(arguments: list[str], log: str, moment: tuple[str, int] | None, numbe
     os.dup2(file, 2)
     import torch
 
-    from nni_plugin import latency, workflow
+    from nni_plugin import job_steps, latency
     from nni_plugin.cli import main
 
     torch.set_num_threads(1)
     measure = latency.measure_pair
-    workflow.measure_pair = lambda *args: measure(*args, min_run_time=1e-4, rounds=3)
+    job_steps.measure_pair = lambda *args: measure(*args, min_run_time=1e-4, rounds=3)
     if moment is not None:
         _arm(*moment, number)
     code = main(arguments)

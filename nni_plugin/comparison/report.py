@@ -1,0 +1,184 @@
+"""The files of a comparison: `results.csv`, `comparison.json`, the plots, and one HTML page that needs nothing else."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+from nni_plugin.adapters.hosts import is_built_in
+from nni_plugin.comparison.analysis import Difference, Mean, Point, best_built_in, differences, losses, points
+from nni_plugin.comparison.plots import AXES, plot_accuracy
+from nni_plugin.comparison.results import Row, to_csv
+from nni_plugin.svg_figures import standalone
+from nni_plugin.workspace import write_file
+
+RESULTS, REPORT, RECORD = "results.csv", "report.html", "comparison.json"
+
+_NOTHING = "\u2013"  # an en dash
+_NO_PLOTS = 'Written without figures, since Matplotlib is not installed: pip install "nni-plugin[plots]".'
+
+
+def write_results(folder: Path, rows: Sequence[Row], record: Mapping[str, Any]) -> None:
+    """Write everything that a comparison leaves.
+
+    Args:
+        folder: Where, a folder that exists.
+        rows: A row a cell.
+        record: How it came about: `command`, `settings`, `machine`, `versions`, `not_done`, `hosts`,
+            `latency_batch_size`, `processes`, `seconds`.
+    """
+    figures = _figures(rows)
+    for name, svg in figures.items():
+        write_file(folder / f"{name}.svg", standalone(svg))
+    write_file(folder / RESULTS, to_csv(rows))
+    write_file(folder / RECORD, json.dumps(record, indent=1, default=str) + "\n")
+    write_file(folder / REPORT, render(rows, record, figures))
+
+
+def _figures(rows: Sequence[Row]) -> dict[str, str]:
+    """Return the figures by name; none without Matplotlib."""
+    found, baseline = points(rows), Mean.of(_dense(rows).values()).mean
+    try:
+        figures = {f"accuracy-{cost}": plot_accuracy(found, cost, baseline=baseline) for cost in AXES}
+        figures["accuracy-macs_ratio-before"] = plot_accuracy(found, "macs_ratio", fine_tuned=False, baseline=baseline)
+    except ImportError:
+        return {}
+    return figures
+
+
+def _dense(rows: Sequence[Row]) -> dict[int, float]:
+    """Return the dense networks' top-1 by seed."""
+    return {row.seed: row.top1_baseline for row in rows}
+
+
+def render(rows: Sequence[Row], record: Mapping[str, Any], figures: Mapping[str, str]) -> str:
+    """Return the page."""
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+    from markupsafe import Markup
+
+    environment = Environment(
+        loader=PackageLoader("nni_plugin"),
+        undefined=StrictUndefined,
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    settings = record["settings"]
+    notes = [] if figures else [_NO_PLOTS]
+    page: str = environment.get_template("comparison.html.j2").render(
+        title=f"{rows[0].model} on {rows[0].dataset}: methods compared",
+        facts=_facts(rows, record),
+        lead=lead(rows),
+        notes=notes,
+        figures={name: Markup(svg) for name, svg in figures.items()},
+        targets=[
+            (target, [_line(p, rows) for p in points(rows) if p.target == target])
+            for target in dict.fromkeys(row.target for row in rows)
+        ],
+        differences=[_difference(d) for d in differences(rows)],
+        losses=losses(rows),
+        has_built_in=any(is_built_in(row.method) for row in rows),
+        times=_times(rows),
+        not_done=record["not_done"],
+        hosts={method: _host(host) for method, host in record["hosts"].items()},
+        latency_batch_size=record["latency_batch_size"],
+        epochs=settings["finetune"]["epochs"],
+        processes=record["processes"],
+        machine=record["machine"],
+        versions=record["versions"],
+        command=record["command"],
+        rows=[
+            (
+                row.method,
+                row.target,
+                row.seed,
+                f"{row.top1_before_finetune:.2f}",
+                f"{row.top1:.2f}",
+                f"{row.macs_ratio:.4f}",
+                f"{row.params_ratio:.4f}",
+                f"{row.latency_ratio:.3f}",
+            )
+            for row in rows
+        ],
+    )
+    return page
+
+
+def lead(rows: Sequence[Row]) -> str:
+    """Say in one sentence how our best method stands against the best built-in one."""
+    of_target: dict[str, Difference] = {}
+    for difference in differences(rows):
+        before = of_target.get(difference.target)
+        if before is None or difference.difference.mean > before.difference.mean:
+            of_target[difference.target] = difference
+    if not of_target:
+        return ""
+    told = [
+        f"{d.method} {d.difference.mean:+.2f} points against {d.against} at {target}" for target, d in of_target.items()
+    ]
+    ahead = sum(d.difference.mean > 0 for d in of_target.values())
+    clearly = sum(d.verdict == "ahead" for d in of_target.values())
+    return (
+        f"Our best method has the higher mean at {ahead} of {len(of_target)} targets, {clearly} of them beyond chance: "
+        f"{'; '.join(told)}."
+    )
+
+
+def _facts(rows: Sequence[Row], record: Mapping[str, Any]) -> list[tuple[str, str]]:
+    dense = Mean.of(_dense(rows).values())
+    return [
+        ("network", f"{rows[0].model}, dense top-1 {dense} %"),
+        ("data", rows[0].dataset),
+        ("seeds", ", ".join(map(str, sorted(_dense(rows))))),
+        ("fine-tuning", _epochs(record["settings"]["finetune"]["epochs"])),
+        ("date", datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC")),
+    ]
+
+
+def _line(point: Point, rows: Sequence[Row]) -> dict[str, Any]:
+    of_target = [p for p in points(rows) if p.target == point.target]
+    return {
+        "method": point.method,
+        "of": "built in" if is_built_in(point.method) else "ours",
+        "best": point.top1.mean == max(p.top1.mean for p in of_target),
+        "best_built_in": point.method == best_built_in(rows, point.target),
+        "top1": str(point.top1),
+        "before": str(point.top1_before_finetune),
+        "macs": f"{point.macs_ratio.mean:.3f}",
+        "params": f"{point.params_ratio.mean:.3f}",
+        "latency": f"{point.latency_ratio.mean:.3f}",
+        "seconds": f"{point.seconds.mean:.1f}",
+        "seeds": len(point.seeds),
+    }
+
+
+def _difference(difference: Difference) -> tuple[str, ...]:
+    low_high = difference.interval
+    return (
+        difference.target,
+        difference.method,
+        difference.against,
+        f"{difference.difference.mean:+.2f}",
+        _NOTHING if low_high is None else f"{low_high[0]:+.2f} to {low_high[1]:+.2f}",
+        str(difference.difference.count),
+        difference.verdict,
+    )
+
+
+def _times(rows: Sequence[Row]) -> list[tuple[str, str]]:
+    by_method: dict[str, list[float]] = {}
+    for row in rows:
+        by_method.setdefault(row.method, []).append(row.seconds)
+    return [(method, f"{Mean.of(of).mean:.1f}") for method, of in sorted(by_method.items(), key=lambda m: sum(m[1]))]
+
+
+def _host(settings: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in settings.items() if not isinstance(value, (dict, list)))
+
+
+def _epochs(number: int) -> str:
+    return f"{number} epoch{'s' * (number != 1)}, the same for all" if number else "none"

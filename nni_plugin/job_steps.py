@@ -1,0 +1,76 @@
+"""Steps that jobs share: the minibatches that a method sees, and what is measured of a network and its pruned form."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nni_plugin.adapters.data import DataSplits
+from nni_plugin.adapters.training import evaluate
+from nni_plugin.cost import count
+from nni_plugin.latency import measure_pair
+
+
+class FirstBatches:
+    """The first minibatches of a loader, on a device; can be gone through again.
+
+    Args:
+        loader: Of images and labels.
+        device: Where they go.
+        batches: How many; None takes all.
+    """
+
+    def __init__(self, loader: Any, device: torch.device, batches: int | None) -> None:
+        self.loader, self.device, self.batches = loader, device, batches
+
+    def __len__(self) -> int:
+        """Return how many minibatches there are."""
+        return min(len(self.loader), self.batches or len(self.loader))
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Go through them, from the first."""
+        for images, labels in islice(self.loader, self.batches):
+            yield images.to(self.device), labels.to(self.device)
+
+
+def before_and_after(
+    dense: nn.Module,
+    dense_top1: float,
+    slim: nn.Module,
+    splits: DataSplits,
+    device: torch.device,
+    latency_batch_sizes: Sequence[int],
+) -> dict[str, Any]:
+    """Measure a network and its pruned form, timed in turns.
+
+    Args:
+        dense: The network as it was.
+        dense_top1: Its accuracy on the test images, in percent.
+        slim: The pruned one.
+        splits: Their data.
+        device: Where both are.
+        latency_batch_sizes: To time at.
+
+    Returns:
+        `baseline`, `pruned` and `latency_ratio` of `metrics.json`.
+    """
+    pairs = measure_pair(dense, slim, splits.input_shape, latency_batch_sizes)
+    image = torch.zeros(1, *splits.input_shape, device=device)
+    return {
+        "baseline": {
+            "top1": dense_top1,
+            **asdict(count(dense, image)),
+            "latency_ms": {str(pair.first.batch_size): pair.first.median_ms for pair in pairs},
+        },
+        "pruned": {
+            "top1": evaluate(slim, splits.test, device)["top1"],
+            **asdict(count(slim, image)),
+            "latency_ms": {str(pair.second.batch_size): pair.second.median_ms for pair in pairs},
+        },
+        "latency_ratio": {str(pair.first.batch_size): pair.ratio for pair in pairs},
+    }

@@ -1,0 +1,98 @@
+"""Means, paired differences, intervals, fronts and losses on numbers that are known by hand."""
+
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy import stats
+
+from nni_plugin.comparison.analysis import Mean, best_built_in, differences, front, interval, losses, points
+from nni_plugin.comparison.report import lead
+from nni_plugin.comparison.results import Row, from_csv, to_csv
+
+
+def row(method: str, seed: int, top1: float, target: str = "macs=0.5") -> Row:
+    return Row("net", "data", method, seed, target, 0.5, 0.4, 0.8, 90.0, 50.0, top1, 3.0)
+
+
+OURS = [row("obs", seed, top1) for seed, top1 in enumerate((89.0, 90.0, 91.0))]
+TAYLOR = [row("tp:taylor", seed, top1) for seed, top1 in enumerate((88.0, 88.5, 90.5))]
+L1 = [row("nni:l1", seed, top1) for seed, top1 in enumerate((80.0, 80.0, 80.0))]
+
+
+def test_differences_are_paired_by_seed_and_against_the_best_built_in() -> None:
+    [found] = differences([*L1, *OURS, *TAYLOR])
+    assert (found.method, found.against) == ("obs", "tp:taylor")
+    assert found.difference == Mean(1.0, 0.5, 3)
+    # Student's interval of 1.0, 1.5, 0.5: the quantile of two degrees of freedom is 4.3027.
+    assert found.interval == pytest.approx((1 - 4.302653 * 0.5 / math.sqrt(3), 1 + 4.302653 * 0.5 / math.sqrt(3)))
+    assert found.verdict == "not told apart"
+    assert "do not tell apart" in losses([*OURS, *TAYLOR])[0]
+
+
+def test_a_seed_that_one_of_them_lacks_does_not_count() -> None:
+    [found] = differences([*OURS, *TAYLOR[:2]])
+    assert found.difference == Mean(1.25, pytest.approx(math.sqrt(0.125)), 2)
+
+
+def test_a_built_in_with_fewer_seeds_is_not_the_best_one() -> None:
+    assert best_built_in([*TAYLOR, row("tp:lamp", 0, 99.0)], "macs=0.5") == "tp:taylor"
+    assert best_built_in(OURS, "macs=0.5") is None
+    assert differences(OURS) == []
+
+
+def test_losses_are_said_plainly() -> None:
+    behind = [row("obs", seed, 70.0) for seed in range(3)]
+    ahead = [row("obs", seed, 99.0) for seed in range(3)]
+    [text] = losses([*behind, *TAYLOR])
+    assert text.startswith("macs=0.5: tp:taylor is ahead of our best, obs, by 19.00 points (behind)")
+    assert losses([*ahead, *L1]) == []
+    assert "higher mean at 1 of 1 targets, 1 of them beyond chance" in lead([*ahead, *L1])
+    assert lead(ahead) == ""
+
+
+def test_a_single_seed_has_no_interval_and_no_deviation() -> None:
+    [found] = differences([OURS[0], TAYLOR[0]])
+    assert found.interval is None
+    assert found.verdict == "one seed"
+    assert str(found.difference) == "1.00"
+
+
+def test_points_go_from_the_best_down_within_each_target() -> None:
+    rows = [*L1, *OURS, row("obs", 0, 95.0, "macs=0.75"), row("nni:l1", 0, 96.0, "macs=0.75")]
+    assert [(p.target, p.method) for p in points(rows)] == [
+        ("macs=0.5", "obs"),
+        ("macs=0.5", "nni:l1"),
+        ("macs=0.75", "nni:l1"),
+        ("macs=0.75", "obs"),
+    ]
+
+
+@given(st.lists(st.floats(-100, 100), min_size=2, max_size=8))
+def test_the_interval_is_that_of_a_paired_t_test(values: list[float]) -> None:
+    found = interval(values)
+    assert found is not None
+    if stats.sem(values) == 0:
+        assert found[0] == found[1]
+        return
+    expected = stats.ttest_1samp(values, 0.0).confidence_interval(0.95)
+    assert found == pytest.approx((expected.low, expected.high), rel=1e-9, abs=1e-9)
+
+
+@given(st.lists(st.tuples(st.floats(0, 1), st.floats(0, 100)), min_size=1, max_size=12))
+def test_the_front_holds_what_nothing_beats(of: list[tuple[float, float]]) -> None:
+    kept = front(of)
+    for i, (cost, top1) in enumerate(of):
+        beaten = any(c <= cost and t >= top1 and (c, t) != (cost, top1) for c, t in of)
+        assert ((cost, top1) in [of[k] for k in kept]) == (not beaten), i
+    assert [of[k][0] for k in kept] == sorted(of[k][0] for k in kept)
+
+
+def test_rows_survive_their_file() -> None:
+    assert from_csv(to_csv([*OURS, *L1])) == [*OURS, *L1]
+    header = to_csv([]).strip()
+    assert header == (
+        "model,dataset,method,seed,target,macs_ratio,params_ratio,latency_ratio,top1_baseline,top1_before_finetune,"
+        "top1,seconds"
+    )

@@ -1,0 +1,162 @@
+"""A comparison from end to end: the grid is complete and fair, interrupted or not, in one process or in two."""
+
+import dataclasses
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import nni_plugin
+from nni_plugin.budgets import Channels, Latency, MACs, Params
+from nni_plugin.comparison import run as running
+from nni_plugin.comparison.job import CELLS, Cell, ComparisonJob
+from nni_plugin.comparison.results import Row, from_csv
+from nni_plugin.comparison.run import finished_rows, run_comparison
+from nni_plugin.errors import BudgetError, CriterionError, OutputError, TrainingError
+
+Make = Callable[..., ComparisonJob]
+
+
+def silent(text: str) -> None:
+    pass
+
+
+def outcome(rows: list[Row]) -> set[tuple[Any, ...]]:
+    """What must not depend on how the comparison was run."""
+    return {(r.method, r.target, r.seed, r.macs_ratio, r.top1_baseline, r.top1_before_finetune, r.top1) for r in rows}
+
+
+def test_every_cell_starts_from_its_seeds_dense_network_and_meets_its_target(comparison: Make) -> None:
+    wanted = comparison(methods=("obs", "taylor-fo", "tp:magnitude"), budgets=(MACs(0.5), MACs(0.75)))
+    rows = run_comparison(wanted, command="the command", say=silent)
+    assert {(r.method, r.target, r.seed) for r in rows} == {(c.method, c.target, c.seed) for c in wanted.cells()}
+    assert len(rows) == 12
+    for row in rows:
+        ratio = float(row.target.removeprefix("macs="))
+        assert ratio - 0.06 < row.macs_ratio <= ratio
+        assert 0 < row.params_ratio < 1
+    for seed in (0, 1):
+        assert len({row.top1_baseline for row in rows if row.seed == seed}) == 1
+    assert len({row.top1_baseline for row in rows}) == 2
+
+    files = {path.name for path in wanted.output.iterdir()}
+    plots = {f"accuracy-{cost}_ratio.svg" for cost in ("macs", "params", "latency")} | {
+        "accuracy-macs_ratio-before.svg"
+    }
+    assert files == {"results.csv", "report.html", "comparison.json", "comparison.sqlite", "dense", "cells", *plots}
+    read = from_csv((wanted.output / "results.csv").read_text())
+    assert [(r.method, r.target, r.seed) for r in read] == [(r.method, r.target, r.seed) for r in rows]
+    assert [r.top1 for r in read] == pytest.approx([r.top1 for r in rows], abs=0.005)
+
+    page = (wanted.output / "report.html").read_text()
+    assert not re.search(r'(src|href)="?(https?:)?//', page)
+    assert page.count("<svg") == 4
+    for text in ("Paired differences", "Where we lose", "the command", "tp:magnitude", "BasePruner"):
+        assert text in page
+    # What one of our methods gave can be loaded; its report lies beside it.
+    cell = wanted.output / CELLS / Cell("obs", "macs=0.5", 1).name
+    assert nni_plugin.from_pretrained(cell).pruning_plan.provenance["seed"] == 1
+
+
+def test_two_processes_give_what_one_gives(comparison: Make, tmp_path: Path) -> None:
+    methods = ("magnitude", "tp:random")
+    alone = run_comparison(comparison(methods=methods), say=silent)
+    shared = run_comparison(comparison(methods=methods, processes=2, output=tmp_path / "shared"), say=silent)
+    assert outcome(alone) == outcome(shared)
+
+
+def test_interrupted_and_resumed_gives_what_an_uninterrupted_one_gives(
+    comparison: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = run_comparison(comparison(output=tmp_path / "whole"), say=silent)
+    do_cell, done = running.do_cell, []
+
+    def interrupted(wanted: ComparisonJob, cell: Cell, say: Any) -> dict[str, Any]:
+        if len(done) == 2:
+            raise KeyboardInterrupt
+        done.append(cell)
+        return do_cell(wanted, cell, say)
+
+    monkeypatch.setattr(running, "do_cell", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run_comparison(comparison(), say=silent)
+    monkeypatch.setattr(running, "do_cell", do_cell)
+    with pytest.raises(OutputError, match="--resume"):
+        run_comparison(comparison(), say=silent)
+    assert outcome(run_comparison(comparison(), resume=True, say=silent)) == outcome(expected)
+
+
+def test_a_finished_comparison_takes_more_methods_without_doing_anything_twice(comparison: Make) -> None:
+    first = run_comparison(comparison(methods=("taylor-fo",)), say=silent)
+    said: list[str] = []
+    rows = run_comparison(comparison(), resume=True, say=said.append)
+    assert outcome(first) < outcome(rows)
+    assert len(rows) == 4
+    assert sorted(text for text in said if text.endswith("...")) == [
+        "tp_magnitude-macs=0.5-seed0 ...",
+        "tp_magnitude-macs=0.5-seed1 ...",
+    ]
+    assert outcome(finished_rows(comparison().output)) == outcome(rows)
+
+
+def test_other_settings_are_refused(comparison: Make) -> None:
+    wanted = comparison(methods=("magnitude",), seeds=(0,))
+    run_comparison(wanted, say=silent)
+    longer = dataclasses.replace(wanted.template.finetune, epochs=2)
+    other = dataclasses.replace(wanted, template=dataclasses.replace(wanted.template, finetune=longer))
+    with pytest.raises(OutputError, match="another finetune"):
+        run_comparison(other, resume=True, say=silent)
+
+
+def test_what_a_method_refuses_is_told_and_the_others_go_on(comparison: Make) -> None:
+    wanted = comparison(methods=("taylor-fo", "tp:magnitude"), budgets=(MACs(0.5), MACs(1e-4)), seeds=(0,))
+    with pytest.warns(UserWarning, match="refused"):
+        rows = run_comparison(wanted, say=silent)
+    assert {row.target for row in rows} == {"macs=0.5"}
+    told = json.loads((wanted.output / "comparison.json").read_text())["not_done"]
+    assert set(told) == {"taylor-fo-macs=0.0001-seed0", "tp_magnitude-macs=0.0001-seed0"}
+    assert "Not done" in (wanted.output / "report.html").read_text()
+
+
+def test_nothing_done_is_an_error(comparison: Make) -> None:
+    with pytest.raises(TrainingError, match="No cell was done"), pytest.warns(UserWarning, match="refused"):
+        run_comparison(comparison(budgets=(MACs(1e-4),), methods=("tp:magnitude",), seeds=(0,)), say=silent)
+
+
+def test_processes_of_torchrun_are_hidden_from_training(comparison: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost"}.items():
+        monkeypatch.setenv(name, value)
+    # With WORLD_SIZE in sight, training would wait for the other process.
+    assert len(run_comparison(comparison(methods=("magnitude",), seeds=(0,)), say=silent)) == 1
+    import os
+
+    assert os.environ["WORLD_SIZE"] == "2"
+
+
+@pytest.mark.parametrize(
+    ("fields", "error", "text"),
+    [
+        ({"methods": ()}, BudgetError, "at least one method"),
+        ({"budgets": (MACs(0.5), Params(0.5))}, BudgetError, "one kind"),
+        ({"budgets": (Channels(0.5),)}, BudgetError, "one kind"),
+        ({"methods": ("obss",)}, CriterionError, "did you mean"),
+    ],
+)
+def test_bad_input(comparison: Make, fields: dict[str, Any], error: type[Exception], text: str) -> None:
+    with pytest.raises(error, match=text):
+        comparison(**fields)
+    assert not comparison().output.exists()
+
+
+def test_a_latency_holds_for_ours_and_for_built_in_ones(comparison: Make) -> None:
+    wanted = comparison(methods=("magnitude", "tp:magnitude"), budgets=(Latency(ratio=0.8, batch_size=32),), seeds=(0,))
+    sizes = dataclasses.replace(wanted.template, latency_batch_sizes=(32,))
+    rows = run_comparison(dataclasses.replace(wanted, template=sizes), say=silent)
+    assert {row.method for row in rows} == {"magnitude", "tp:magnitude"}
+    for row in rows:
+        assert row.target == "latency=0.8"
+        assert row.macs_ratio < 0.9
+        assert row.latency_ratio < 1.0  # measured once more, so not exactly the one that was held
