@@ -18,9 +18,12 @@ from typing import Any, get_args, get_origin, get_type_hints
 import jsonargparse
 
 from nni_plugin.benchmarks import (
+    comparison,
     correlations,
     coverage,
+    efficientnet_lite0,
     fashion_mnist,
+    inference_speed,
     joint_removal,
     layerprune,
     nni_drop_in,
@@ -44,8 +47,11 @@ BENCHMARKS: dict[str, ModuleType] = {
     "resnet101_schedule": resnet101_schedule,
     "resnet20_table4": resnet20_table4,
     "schedules_fig6": schedules_fig6,
+    "comparison": comparison,
     "correlations": correlations,
     "coverage": coverage,
+    "inference_speed": inference_speed,
+    "efficientnet_lite0": efficientnet_lite0,
     "joint_removal": joint_removal,
     "layerprune": layerprune,
     "oracle_speed": oracle_speed,

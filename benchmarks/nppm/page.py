@@ -50,7 +50,7 @@ def _tuned(cells: Sequence[Cell]) -> list[str]:
         row.append(mean_and_sd(cell["top1"]))
         for other in others:
             found = cell["minus"].get(other)
-            row.append("-" if found is None else f"{mean_and_sd(found)} {interval(found)}".replace(" -", ""))
+            row.append("-" if found is None else f"{mean_and_sd(found)} {interval(found)}".removesuffix(" -"))
         rows.append([*row, _span(cell["macs_ratios"]), mean_and_sd(cell["params_ratio"], 4)])
     said = (
         "Test top-1 in percent before and after the same fine-tuning, mean ± standard deviation over the seeds; "

@@ -8,8 +8,8 @@ import pytest
 
 SMALL = (
     "compare", "--library", "nni_plugin", "--model", "resnet20", "--img-size", "8", "--in-chans", "1",
-    "--pretrain-epochs", "1", "--epochs", "1", "--lr", "0.02", "--score-batches", "1", "--score-steps", "1", "--device", "cpu",
-    "--latency-batch-sizes", "1",
+    "--pretrain-epochs", "1", "--epochs", "1", "--lr", "0.02", "--score-batches", "1", "--score-steps", "1",
+    "--device", "cpu", "--latency-batch-sizes", "1",
 )  # fmt: skip
 
 

@@ -11,6 +11,7 @@ import pytest
 
 import nni_plugin
 from nni_plugin.budgets import Channels, Latency, MACs, Params
+from nni_plugin.comparison import latency_target
 from nni_plugin.comparison import run as running
 from nni_plugin.comparison.job import CELLS, Cell, ComparisonJob
 from nni_plugin.comparison.results import Row, from_csv
@@ -30,10 +31,10 @@ def outcome(rows: list[Row]) -> set[tuple[Any, ...]]:
 
 
 def test_every_cell_starts_from_its_seeds_dense_network_and_meets_its_target(comparison: Make) -> None:
-    wanted = comparison(methods=("obs", "taylor-fo", "tp:magnitude"), budgets=(MACs(0.5), MACs(0.75)))
+    wanted = comparison(methods=("obs", "tp:magnitude"))
     rows = run_comparison(wanted, command="the command", say=silent)
     assert {(r.method, r.target, r.seed) for r in rows} == {(c.method, c.target, c.seed) for c in wanted.cells()}
-    assert len(rows) == 12
+    assert len(rows) == 4
     for row in rows:
         ratio = float(row.target.removeprefix("macs="))
         assert ratio - 0.06 < row.macs_ratio <= ratio
@@ -62,16 +63,17 @@ def test_every_cell_starts_from_its_seeds_dense_network_and_meets_its_target(com
 
 
 def test_two_processes_give_what_one_gives(comparison: Make, tmp_path: Path) -> None:
-    methods = ("magnitude", "tp:random")
-    alone = run_comparison(comparison(methods=methods), say=silent)
-    shared = run_comparison(comparison(methods=methods, processes=2, output=tmp_path / "shared"), say=silent)
+    grid = {"methods": ("magnitude", "tp:random"), "seeds": (0,)}
+    alone = run_comparison(comparison(**grid), say=silent)
+    shared = run_comparison(comparison(**grid, processes=2, output=tmp_path / "shared"), say=silent)
     assert outcome(alone) == outcome(shared)
 
 
 def test_interrupted_and_resumed_gives_what_an_uninterrupted_one_gives(
     comparison: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    expected = run_comparison(comparison(output=tmp_path / "whole"), say=silent)
+    grid = {"methods": ("magnitude",), "seeds": (0, 1, 2)}
+    expected = run_comparison(comparison(**grid, output=tmp_path / "whole"), say=silent)
     do_cell, done = running.do_cell, []
 
     def interrupted(wanted: ComparisonJob, cell: Cell, say: Any) -> dict[str, Any]:
@@ -82,24 +84,22 @@ def test_interrupted_and_resumed_gives_what_an_uninterrupted_one_gives(
 
     monkeypatch.setattr(running, "do_cell", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        run_comparison(comparison(), say=silent)
+        run_comparison(comparison(**grid), say=silent)
     monkeypatch.setattr(running, "do_cell", do_cell)
     with pytest.raises(OutputError, match="--resume"):
-        run_comparison(comparison(), say=silent)
-    assert outcome(run_comparison(comparison(), resume=True, say=silent)) == outcome(expected)
+        run_comparison(comparison(**grid), say=silent)
+    assert outcome(run_comparison(comparison(**grid), resume=True, say=silent)) == outcome(expected)
 
 
 def test_a_finished_comparison_takes_more_methods_without_doing_anything_twice(comparison: Make) -> None:
-    first = run_comparison(comparison(methods=("taylor-fo",)), say=silent)
+    first = run_comparison(comparison(methods=("magnitude",), seeds=(0,)), say=silent)
     said: list[str] = []
-    rows = run_comparison(comparison(), resume=True, say=said.append)
+    more = comparison(methods=("magnitude", "tp:random"), seeds=(0,))
+    rows = run_comparison(more, resume=True, say=said.append)
     assert outcome(first) < outcome(rows)
-    assert len(rows) == 4
-    assert sorted(text for text in said if text.endswith("...")) == [
-        "tp_magnitude-macs=0.5-seed0 ...",
-        "tp_magnitude-macs=0.5-seed1 ...",
-    ]
-    assert outcome(finished_rows(comparison().output)) == outcome(rows)
+    assert len(rows) == 2
+    assert [text for text in said if text.endswith("...")] == ["tp_random-macs=0.5-seed0 ..."]
+    assert outcome(finished_rows(more.output)) == outcome(rows)
 
 
 def test_other_settings_are_refused(comparison: Make) -> None:
@@ -112,12 +112,12 @@ def test_other_settings_are_refused(comparison: Make) -> None:
 
 
 def test_what_a_method_refuses_is_told_and_the_others_go_on(comparison: Make) -> None:
-    wanted = comparison(methods=("taylor-fo", "tp:magnitude"), budgets=(MACs(0.5), MACs(1e-4)), seeds=(0,))
+    wanted = comparison(methods=("magnitude", "tp:magnitude"), budgets=(MACs(0.5), MACs(1e-4)), seeds=(0,))
     with pytest.warns(UserWarning, match="refused"):
         rows = run_comparison(wanted, say=silent)
     assert {row.target for row in rows} == {"macs=0.5"}
     told = json.loads((wanted.output / "comparison.json").read_text())["not_done"]
-    assert set(told) == {"taylor-fo-macs=0.0001-seed0", "tp_magnitude-macs=0.0001-seed0"}
+    assert set(told) == {"magnitude-macs=0.0001-seed0", "tp_magnitude-macs=0.0001-seed0"}
     assert "Not done" in (wanted.output / "report.html").read_text()
 
 
@@ -151,12 +151,11 @@ def test_bad_input(comparison: Make, fields: dict[str, Any], error: type[Excepti
     assert not comparison().output.exists()
 
 
-def test_a_latency_holds_for_ours_and_for_built_in_ones(comparison: Make) -> None:
-    wanted = comparison(methods=("magnitude", "tp:magnitude"), budgets=(Latency(ratio=0.8, batch_size=32),), seeds=(0,))
+def test_a_latency_is_a_target_for_built_in_methods_too(comparison: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(latency_target, "NEAR", 1.0)  # the first network that is fast enough; see its own tests
+    wanted = comparison(methods=("tp:magnitude",), budgets=(Latency(ratio=0.8, batch_size=32),), seeds=(0,))
     sizes = dataclasses.replace(wanted.template, latency_batch_sizes=(32,))
-    rows = run_comparison(dataclasses.replace(wanted, template=sizes), say=silent)
-    assert {row.method for row in rows} == {"magnitude", "tp:magnitude"}
-    for row in rows:
-        assert row.target == "latency=0.8"
-        assert row.macs_ratio < 0.9
-        assert row.latency_ratio < 1.0  # measured once more, so not exactly the one that was held
+    [row] = run_comparison(dataclasses.replace(wanted, template=sizes), say=silent)
+    assert row.target == "latency=0.8"
+    assert row.macs_ratio < 0.9
+    assert row.latency_ratio < 1.0  # measured once more, so not exactly the one that was held

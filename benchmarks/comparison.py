@@ -1,0 +1,232 @@
+"""The comparison: our best method against the pruners built into Torch-Pruning and NNI, on four networks.
+
+What `nni-plugin compare` does, on the dense networks that the other benchmarks have trained: the same training images
+to score on, the same short fine-tuning, MACs at three targets, every built-in method through its own library's pruner.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from nni_plugin.adapters.data import create_loaders
+from nni_plugin.adapters.training import evaluate
+from nni_plugin.benchmarks.experiment import Experiment
+from nni_plugin.benchmarks.figures import save
+from nni_plugin.benchmarks.presets import DENSE
+from nni_plugin.budgets import MACs
+from nni_plugin.comparison.analysis import Difference, differences, losses, points
+from nni_plugin.comparison.cells import keep_dense
+from nni_plugin.comparison.job import DENSE as DENSE_FOLDER
+from nni_plugin.comparison.job import ComparisonJob
+from nni_plugin.comparison.results import Row
+from nni_plugin.comparison.run import finished_rows, run_comparison
+from nni_plugin.job import Job
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+METHODS = ("obs", "taylor-fo", "tp:magnitude", "tp:taylor", "tp:group-norm", "nni:l1")
+
+
+def run(
+    networks: tuple[str, ...] = tuple(DENSE),
+    methods: tuple[str, ...] = METHODS,
+    macs: tuple[float, ...] = (0.5, 0.25, 0.75),
+    seeds: tuple[int, ...] = (0, 1, 2),
+    images: int = 15_000,
+    epochs: int = 1,
+    lr: float = 0.02,
+    score_steps: int | None = None,
+    processes: int = 1,
+    folder: Path = Path("out/comparison"),
+    dense: Path = Path("out/joint_removal"),
+    data_dir: Path | None = None,
+    device: str | None = None,
+    gather: bool = False,
+) -> dict[str, Any]:
+    """Fill the grid, going on where it was; returns settings and every row.
+
+    Args:
+        networks: Of `nni_plugin.networks`.
+        methods: As `--methods` of `nni-plugin compare`.
+        macs: Fractions of MACs kept.
+        seeds: Of the dense networks and of everything else.
+        images: Training images to fine-tune on, drawn by the seed.
+        epochs: Passes over them.
+        lr: Highest learning rate of fine-tuning.
+        score_steps: Steps of our one-shot planning on fresh scores; None: as each method has it.
+        processes: Networks at a time.
+        folder: For the comparisons, one a network.
+        dense: Folder of the dense networks, shared with other benchmarks.
+        data_dir: Folder of the data.
+        device: Where to run.
+        gather: Run nothing: sum up all cells of these networks that the folder holds.
+    """
+    rows: dict[str, list[Row]] = {}
+    settings: dict[str, Any] = {}
+    for network in networks:
+        study = Experiment(DENSE[network], dense / network, data_dir=data_dir, device=device, network=network)
+        wanted = _wanted(study, folder / network, methods, macs, seeds, images, epochs, lr, score_steps, processes)
+        settings[network] = {**wanted.settings(), "dense": DENSE[network].training()}
+        if gather:
+            rows[network] = finished_rows(wanted.output)
+            continue
+        for seed in seeds:
+            if not (wanted.output / DENSE_FOLDER / f"seed{seed}" / "config.json").is_file():
+                _take_dense(study, wanted, seed)
+        rows[network] = run_comparison(wanted, resume=True)
+    return {
+        "settings": {"images": images, "epochs": epochs, "lr": lr, "score_steps": score_steps, "networks": settings},
+        "rows": {network: [asdict(row) for row in of] for network, of in rows.items()},
+    }
+
+
+def _wanted(
+    study: Experiment,
+    output: Path,
+    methods: tuple[str, ...],
+    macs: tuple[float, ...],
+    seeds: tuple[int, ...],
+    images: int,
+    epochs: int,
+    lr: float,
+    score_steps: int | None,
+    processes: int,
+) -> ComparisonJob:
+    preset = study.preset
+    template = Job(
+        model=study.network,
+        library="nni_plugin",
+        output=output,
+        budget=MACs(macs[0]),
+        dataset=preset.dataset,
+        data_dir=study.data_dir,
+        data_kwargs={
+            "batch_size": preset.batch_size,
+            "img_size": preset.img_size,
+            "in_chans": 1,
+            "train_fraction_held_out": 1 - images / 60_000,
+        },
+        model_kwargs={},
+        score_steps=score_steps,
+        finetune=replace(preset.base, epochs=epochs, lr=lr),
+        latency_batch_sizes=(16,),
+        device=study.device,
+    )
+    return ComparisonJob(template, methods, tuple(MACs(ratio) for ratio in macs), seeds, output, processes)
+
+
+def _take_dense(study: Experiment, wanted: ComparisonJob, seed: int) -> None:
+    """Train a seed's dense network, or take the one that is there."""
+    study.base(seed)
+    model, template = study.trained_base(seed), wanted.template
+    splits = create_loaders(template.dataset, template.data_dir, seed=seed, **template.data_kwargs)
+    top1 = evaluate(model, splits.test, torch.device("cpu"))["top1"]
+    keep_dense(wanted, seed, model, top1, splits.input_shape)
+
+
+def render(result: dict[str, Any]) -> str:
+    """Return the page: by network a table for each target, and paired differences to the best built-in method."""
+    settings = result["settings"]
+    text = [
+        "# Ours against the built-in pruners",
+        "",
+        f"Fashion-MNIST, test top-1 in percent on all 10,000 test images. Every method starts from the same dense "
+        f"network of each seed, sees the same 2,000 training images, and is followed by the same fine-tuning: "
+        f"{settings['epochs']} epoch{'s' * (settings['epochs'] != 1)} of {settings['images']:,} training images, "
+        f"learning rate {settings['lr']:g}, cosine. `tp:` and `nni:` methods run through the pruners of their own "
+        "libraries, held to the same MACs; MACs, parameters and latency (batch 16, timed in turns with the dense "
+        "network) are counted on the slim network, as shares of the dense one's. Seconds are the method's own. Mean "
+        "and standard deviation over seeds.",
+        "",
+        "The best built-in method of a target is chosen on the same seeds, which favours it; intervals are Student's, "
+        "of differences paired by seed.",
+        "",
+        "![Accuracy after fine-tuning against MACs](comparison.svg)",
+    ]
+    for network, rows in _rows(result).items():
+        text += ["", f"## {network}"]
+        dense = settings["networks"][network]["dense"]
+        of_size = f" at {dense['img_size']} x {dense['img_size']}" if dense["img_size"] else ""
+        top1 = {row.seed: row.top1_baseline for row in rows}
+        shown = ", ".join(f"{value:.2f}" for _, value in sorted(top1.items()))
+        text += ["", f"Dense{of_size}, seeds {', '.join(map(str, sorted(top1)))}: {shown}."]
+        text += ["", "| target | method | top-1 | not fine-tuned | MACs | parameters | latency | s | seeds |"]
+        text += ["|---|---|--:|--:|--:|--:|--:|--:|--:|"]
+        for point in points(rows):
+            ratios = " | ".join(f"{r.mean:.3f}" for r in (point.macs_ratio, point.params_ratio, point.latency_ratio))
+            text.append(
+                f"| {point.target} | `{point.method}` | {point.top1} | {point.top1_before_finetune} | {ratios} | "
+                f"{point.seconds.mean:.0f} | {len(point.seeds)} |"
+            )
+        text += ["", "| target | ours | against | points | 95 % interval | seeds | |", "|---|---|---|--:|--:|--:|---|"]
+        text += [_line(difference) for difference in differences(rows)]
+        lost = losses(rows)
+        text += ["", *(f"- {line}" for line in lost)] if lost else []
+    return "\n".join(text) + "\n"
+
+
+def _rows(result: dict[str, Any]) -> dict[str, list[Row]]:
+    """Return the rows of each network that has some, targets from much kept to little."""
+    found = {network: [Row(**row) for row in rows] for network, rows in result["rows"].items() if rows}
+    return {network: sorted(rows, key=lambda row: (-_kept(row), row.seed)) for network, rows in found.items()}
+
+
+def _kept(row: Row) -> float:
+    return float(row.target.partition("=")[2])
+
+
+def _line(difference: Difference) -> str:
+    interval = "-" if difference.interval is None else "{:+.2f} to {:+.2f}".format(*difference.interval)
+    return (
+        f"| {difference.target} | `{difference.method}` | `{difference.against}` | {difference.difference.mean:+.2f} | "
+        f"{interval} | {difference.difference.count} | {difference.verdict} |"
+    )
+
+
+def plot(result: dict[str, Any], path: Path) -> None:
+    """Draw accuracy after fine-tuning against MACs, a panel a network."""
+    from matplotlib.figure import Figure
+
+    of_network = _rows(result)
+    figure = Figure(figsize=(4.2 * len(of_network), 3.6), layout="constrained")
+    panels = figure.subplots(1, len(of_network), squeeze=False)[0]
+    methods = sorted({row.method for rows in of_network.values() for row in rows}, key=lambda m: (":" in m, m))
+    for ax, (network, rows) in zip(panels, of_network.items(), strict=True):
+        _draw(ax, rows, methods)
+        ax.set_title(network)
+        ax.set_xlabel("MACs kept (%)")
+    panels[0].set_ylabel("test top-1 (%)")
+    handles = {label: handle for ax in panels for handle, label in zip(*ax.get_legend_handles_labels(), strict=True)}
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=len(handles), frameon=False)
+    save(figure, path)
+
+
+_COLORS = ("#0072b2", "#56b4e9", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#777777")
+_MARKERS = "osD^v<>Pp"
+
+
+def _draw(ax: Axes, rows: list[Row], methods: list[str]) -> None:
+    found = points(rows)
+    for number, method in enumerate(methods):
+        of_method = [p for p in found if p.method == method]
+        ax.errorbar(
+            [100 * p.macs_ratio.mean for p in of_method],
+            [p.top1.mean for p in of_method],
+            yerr=[p.top1.sd for p in of_method],
+            color=_COLORS[number % len(_COLORS)],
+            marker=_MARKERS[number % len(_MARKERS)],
+            markerfacecolor="none" if ":" in method else None,
+            linestyle="--" if ":" in method else "-",
+            linewidth=1.4,
+            capsize=2,
+            label=method,
+        )
+    top1 = {row.seed: row.top1_baseline for row in rows}
+    ax.axhline(sum(top1.values()) / len(top1), color="black", linewidth=1, linestyle=":", label="dense")
+    ax.grid(color="#e3e6ea")
+    ax.set_axisbelow(True)
