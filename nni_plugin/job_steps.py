@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from nni_plugin.adapters.data import DataSplits
 from nni_plugin.adapters.training import evaluate
+from nni_plugin.checkpoint.tensors import is_channels_last
 from nni_plugin.cost import count
 from nni_plugin.latency import measure_pair
 
@@ -49,7 +50,7 @@ def before_and_after(
     """Measure a network and its pruned form, timed in turns.
 
     Args:
-        dense: The network as it was.
+        dense: The network as it was; it takes the memory format of the other, in place.
         dense_top1: Its accuracy on the test images, in percent.
         slim: The pruned one.
         splits: Their data.
@@ -59,6 +60,8 @@ def before_and_after(
     Returns:
         `baseline`, `pruned` and `latency_ratio` of `metrics.json`.
     """
+    if any(is_channels_last(parameter) for parameter in slim.parameters()):
+        dense.to(memory_format=torch.channels_last)
     pairs = measure_pair(dense, slim, splits.input_shape, latency_batch_sizes)
     image = torch.zeros(1, *splits.input_shape, device=device)
     return {

@@ -27,7 +27,7 @@ def add_arguments(parser: jsonargparse.ArgumentParser) -> None:
     add("--macs", type=numbers, help="fractions of the multiply-accumulates to keep, .75,.5,.25")
     add("--params", type=numbers, help="fractions of the parameters to keep")
     add("--latency", type=latencies, help="fractions of the measured latency to keep, or milliseconds (3.5ms)")
-    add("--seeds", type=seeds, default=(0, 1, 2), help="one dense network each")
+    add("--seeds", type=seeds, help="one dense network each (three, from --seed on)")
     add_options(parser)
     add("--processes", type=above(1), default=1, help="networks at a time on this machine")
     add("--storage", type=str, help="database for the state, as SQLAlchemy names it (a SQLite file in --output)")
@@ -59,7 +59,7 @@ def run(arguments: Any, command: str) -> None:
             template=job_of(arguments, budgets[0]),
             methods=arguments.methods,
             budgets=budgets,
-            seeds=arguments.seeds,
+            seeds=arguments.seeds or tuple(range(arguments.seed, arguments.seed + 3)),
             output=arguments.output,
             processes=arguments.processes,
             storage=arguments.storage,
@@ -91,10 +91,10 @@ def _table(rows: Any) -> Any:
     from nni_plugin.comparison.analysis import points
 
     table = Table(title=f"{rows[0].model} on {rows[0].dataset}")
-    for heading in ("target", "method", "top-1 (%)", "not fine-tuned", "MACs", "parameters", "latency", "s"):
-        table.add_column(heading, justify="left" if heading in ("target", "method") else "right")
+    for heading in ("target", "method", "top-1 (%)", "before", "MACs", "latency", "s"):
+        table.add_column(heading, justify="left" if heading in ("target", "method") else "right", no_wrap=True)
     for point in points(rows):
-        ratios = (point.macs_ratio, point.params_ratio, point.latency_ratio)
+        ratios = (point.macs_ratio, point.latency_ratio)
         table.add_row(
             point.target,
             point.method,

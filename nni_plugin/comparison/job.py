@@ -3,20 +3,29 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import math
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from nni_plugin.adapters.hosts import is_built_in
 from nni_plugin.adapters.training import TrainingConfig
 from nni_plugin.budgets import Budget, Latency, MACs, Params
-from nni_plugin.errors import BudgetError
+from nni_plugin.errors import BudgetError, ScheduleError
 from nni_plugin.job import Job
 from nni_plugin.job_plans import method_of
+from nni_plugin.search_plans import SEARCHES
 
 STORE, DENSE, CELLS = "comparison.sqlite", "dense", "cells"
 """In the output folder: the state of all cells, the dense network of each seed, a folder for each cell."""
+
+
+SCORE_IMAGES = 2000
+"""Training images that every method sees, unless the template says otherwise; a search over gates sees a tenth."""
+
+_OURS_ALONE = (
+    "score_steps", "search_steps", "search_kwargs", "round_to", "min_channels", "candidates", "select", "cost_aware",
+    "divide_by_blocks", "stages", "isomorphic", "parts", "reconstruct",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -68,6 +77,7 @@ class ComparisonJob:
         Raises:
             BudgetError: Nothing to compare, another kind of budget, or kinds mixed.
             CriterionError: An unknown method.
+            ScheduleError: Pruning within fine-tuning, which built-in methods cannot do.
         """
         if not (self.methods and self.budgets and self.seeds):
             raise BudgetError(
@@ -77,13 +87,13 @@ class ComparisonJob:
         kinds = {type(budget) for budget in self.budgets}
         if len(kinds) > 1 or not kinds <= {MACs, Params, Latency}:
             raise BudgetError(f"Expected targets of one kind, MACs, Params or Latency, got {self.budgets}.")
+        if self.template.schedule != "one-shot":
+            raise ScheduleError(
+                f"Expected --schedule one-shot, got {self.template.schedule}: all methods are fine-tuned alike after "
+                "they have pruned, and those of other libraries cannot prune while they train."
+            )
         for method in self.methods:
             method_of(replace(self.template, method=method))
-
-    @property
-    def address(self) -> str:
-        """Address of the database."""
-        return self.storage or f"sqlite:///{(self.output / STORE).resolve()}"
 
     def cells(self) -> list[Cell]:
         """Return every cell once; seeds change fastest, so that processes begin with different dense networks."""
@@ -93,29 +103,41 @@ class ComparisonJob:
 
     def job_of(self, cell: Cell, dense: Path) -> Job:
         """Return a cell's job, which starts from a dense network's weights and trains it no further."""
-        template = self.template
+        template, of_seed = self.template, self.dense_job(cell.seed)
+        few = math.ceil(SCORE_IMAGES / int(template.data_kwargs.get("batch_size", 128)))
         return replace(
-            template,
+            of_seed,
             method=cell.method,
             budget=next(budget for budget in self.budgets if target_of(budget) == cell.target),
             output=self.output / CELLS / cell.name,
             checkpoint=dense,
             pretrained=False,
             pretrain=TrainingConfig(epochs=0),
-            finetune=replace(template.finetune, seed=cell.seed),
-            seed=cell.seed,
+            score_batches=template.score_batches or (None if cell.method in SEARCHES else few),
+            round_to=template.round_to or 1,  # other libraries' pruners do not round
         )
 
     def dense_job(self, seed: int) -> Job:
         """Return the job whose network, after `pretrain`, all cells of a seed start from."""
-        return replace(self.template, seed=seed, pretrain=replace(self.template.pretrain, seed=seed))
+        template = self.template
+        pretrain, finetune = replace(template.pretrain, seed=seed), replace(template.finetune, seed=seed)
+        return replace(template, seed=seed, pretrain=pretrain, finetune=finetune)
 
     def settings(self) -> dict[str, Any]:
         """Return what all cells share, as JSON values; a run that adds cells must have the same."""
         shared = self.dense_job(0).settings()
-        for name in ("method", "budget"):
+        for name in ("method", "budget", "device"):
             del shared[name]
-        return shared
+        return {**shared, "latency_batch_sizes": list(self.template.latency_batch_sizes)}
+
+    def ours_alone(self) -> dict[str, Any]:
+        """Return the options, other than their defaults, that no built-in method looks at."""
+        default = Job(model="", output=Path(), budget=MACs(1.0))
+        return {
+            name: getattr(self.template, name)
+            for name in _OURS_ALONE
+            if getattr(self.template, name) != getattr(default, name)
+        }
 
 
 def target_of(budget: Budget) -> str:
@@ -130,11 +152,6 @@ def target_of(budget: Budget) -> str:
     if "ms" in values:
         return f"{kind}={values['ms']:g}ms"
     return f"{kind}={values['ratio']:g}"
-
-
-def kinds(methods: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Return our methods and the built-in ones of other libraries."""
-    return [m for m in methods if not is_built_in(m)], [m for m in methods if is_built_in(m)]
 
 
 def to_json(cell: Cell) -> str:

@@ -19,10 +19,10 @@ NEAR = 0.03
 """So far below the target, as a share of it, a network is near enough."""
 
 
-def at_latency(
+def macs_at_latency(
     prune: Callable[[MACs], HostPruned], dense: nn.Module, budget: Latency, input_shape: Sequence[int], device: Any
-) -> HostPruned:
-    """Return the largest network found by halving whose latency is at or below a target.
+) -> float:
+    """Return the fraction of MACs, found by halving, at which a network's latency is just at or below a target.
 
     Args:
         prune: Prunes the dense network to a fraction of its MACs.
@@ -42,7 +42,7 @@ def at_latency(
         assert budget.ms is not None  # one of the two is given
         target = budget.ms / measure_latency(dense, shape, sizes, device=device)[0].median_ms
     low, high = 0.0, 1.0
-    best: HostPruned | None = None
+    best: float | None = None
     fastest = 1.0
     for _ in range(TRIALS):
         middle = (low + high) / 2
@@ -56,7 +56,7 @@ def at_latency(
         if ratio > target:
             high = middle
             continue
-        low, best = middle, pruned
+        low = best = middle
         if ratio >= target * (1 - NEAR):
             break
     if best is None:

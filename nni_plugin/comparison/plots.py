@@ -5,6 +5,7 @@ Our methods are drawn filled and joined by solid lines, built-in ones hollow and
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -42,7 +43,8 @@ def plot_accuracy(points: Sequence[Point], cost: str, *, fine_tuned: bool = True
     value = "top1" if fine_tuned else "top1_before_finetune"
     methods = sorted({p.method for p in points}, key=lambda method: (is_built_in(method), method))
     with matplotlib.rc_context(STYLE):
-        figure = new_figure(3.9)
+        columns = 3
+        figure = new_figure(3.5 + 0.2 * math.ceil((len(methods) + 2) / columns))
         ax = figure.subplots()
         everything = [(100 * _mean(p, cost).mean, _mean(p, value).mean) for p in points]
         best = front(everything)
@@ -55,7 +57,7 @@ def plot_accuracy(points: Sequence[Point], cost: str, *, fine_tuned: bool = True
         ax.axhline(baseline, color=INK, linewidth=1, linestyle=(0, (1, 2)), label="dense")
         ax.set_xlabel(AXES[cost])
         ax.set_ylabel("test top-1 (%)" + ("" if fine_tuned else ", not fine-tuned"))
-        ax.legend(loc="best", fontsize=8, ncols=1 if len(methods) <= 8 else 2)
+        figure.legend(loc="outside lower center", fontsize=8, ncols=columns)
         stage = "after" if fine_tuned else "before"
         return as_svg(figure, f"{cost}-{value}-", f"Top-1 accuracy {stage} fine-tuning against {AXES[cost]}")
 

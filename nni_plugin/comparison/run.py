@@ -8,32 +8,35 @@ own; the first of them keeps the store and writes the results.
 from __future__ import annotations
 
 import importlib.metadata
+import json
 import multiprocessing
 import os
+import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 
+from nni_plugin.adapters.data import create_loaders
 from nni_plugin.comparison.cells import do_cell
-from nni_plugin.comparison.job import STORE, Cell, ComparisonJob
+from nni_plugin.comparison.job import CELLS, DENSE, STORE, Cell, ComparisonJob
+from nni_plugin.comparison.launch import Launched, on_its_own, take_gpu, wait_for
 from nni_plugin.comparison.report import RESULTS, write_results
-from nni_plugin.comparison.results import Row, row_of
-from nni_plugin.comparison.store import Outcome, Store
+from nni_plugin.comparison.results import Row, row_of, to_csv
+from nni_plugin.comparison.store import NOT_ASKED, Outcome, Store, without_password
 from nni_plugin.errors import OutputError, TrainingError
-from nni_plugin.machine import describe_machine
+from nni_plugin.job import network_of
+from nni_plugin.machine import describe_machine, usable_device
+from nni_plugin.workspace import write_file
 
-READY = "ready"
-"""File in the output folder: the store holds the cells of this run."""
-
-_OF_LAUNCHERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-"""What `torchrun` sets. Cells are trained each by one process, so training must not see it."""
+READY, SETTINGS = "ready", "settings.json"
+"""In the output folder: the run whose cells the store holds, for the processes of `torchrun`; what all cells share."""
 
 
 def run_comparison(
@@ -56,49 +59,118 @@ def run_comparison(
         TrainingError: No cell was done.
         KeyboardInterrupt: It was interrupted; what is done is kept.
     """
-    with _on_its_own() as (rank, local_rank):
-        if rank > 0:
-            _wait_for(wanted.output / READY)
-            _work(wanted, local_rank, say)
-            return []
-        return _lead(wanted, resume, command, say)
+    with on_its_own() as launched:
+        if launched is None or launched.rank == 0:
+            return _lead(wanted, resume, command, say, launched)
+        wait_for(wanted.output / READY, launched.run)
+        take_gpu(launched.local_rank)
+        _work(wanted, say)
+        return []
 
 
-def _lead(wanted: ComparisonJob, resume: bool, command: str, say: Callable[[str], None]) -> list[Row]:
-    if any((wanted.output / name).exists() for name in (STORE, RESULTS)) and not resume:
+def _lead(
+    wanted: ComparisonJob, resume: bool, command: str, say: Callable[[str], None], launched: Launched | None
+) -> list[Row]:
+    folder, begun = wanted.output, time.perf_counter()
+    _check_before(wanted)
+    made = not folder.exists()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder / ".lock", timeout=0):
+            _agree(folder / SETTINGS, wanted.settings(), resume)
+            store = _open(wanted)
+            store.add(wanted.cells())
+            write_file(folder / READY, launched.run if launched else "")
+            try:
+                _do_all(wanted, store, say)
+            except KeyboardInterrupt:
+                write_file(folder / RESULTS, to_csv(_rows(store.outcomes())))
+                raise
+            return _finish(wanted, store.outcomes(), command, time.perf_counter() - begun)
+    except Timeout as error:
+        raise OutputError(f"Another process is at work on the comparison in {str(folder)!r}; wait for it.") from error
+    except OSError as error:
+        raise OutputError(f"Cannot write to the output folder {str(folder)!r}: {error}.") from error
+    finally:
+        if launched is None:
+            (folder / READY).unlink(missing_ok=True)
+        if made:
+            _remove_if_empty(folder)
+
+
+def _check_before(wanted: ComparisonJob) -> None:
+    """Refuse what would fail in every cell, before anything is written.
+
+    Raises:
+        NNIPluginError: The data or the network cannot be had, or the network would have random weights.
+    """
+    job = wanted.dense_job(wanted.seeds[0])
+    given = all((wanted.output / DENSE / f"seed{seed}" / "config.json").is_file() for seed in wanted.seeds)
+    if not (given or job.checkpoint or job.pretrained or job.pretrain.epochs):
+        raise TrainingError(
+            "The networks would have random weights, and methods cannot be compared on those: give --checkpoint, "
+            "--pretrained or --pretrain-epochs."
+        )
+    splits = create_loaders(job.dataset, job.data_dir, seed=job.seed, **job.data_kwargs)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of random weights, where dense networks are there already
+        network_of(job, splits, usable_device(job.device))
+
+
+def _agree(path: Path, settings: Mapping[str, Any], resume: bool) -> None:
+    """Note what all cells of a folder share, or check that it is what was noted before.
+
+    Raises:
+        OutputError: The folder holds a comparison and `resume` is not given, or one with other settings.
+    """
+    if not path.is_file():
+        write_file(path, json.dumps(settings, indent=1) + "\n")
+        return
+    if not resume:
         raise OutputError(
-            f"{str(wanted.output)!r} holds a comparison. Give --resume to go on with it, also with further methods, "
+            f"{str(path.parent)!r} holds a comparison. Give --resume to go on with it, also with further methods, "
             "targets or seeds, or choose another --output."
         )
-    cells, begun = wanted.cells(), time.perf_counter()
-    try:
-        wanted.output.mkdir(parents=True, exist_ok=True)
-        store = Store(wanted.address)
-        store.agree(wanted.settings())
-        store.add(cells)
-        (wanted.output / READY).touch()
-    except OSError as error:
-        raise OutputError(f"Cannot write to the output folder {str(wanted.output)!r}: {error}.") from error
-    try:
-        _do_all(wanted, store, say)
-    finally:
-        (wanted.output / READY).unlink(missing_ok=True)
-    of_cell = {outcome.cell: outcome for outcome in store.outcomes()}
-    outcomes = [of_cell[cell] for cell in cells]
-    rows = [row_of(outcome.cell, outcome.metrics) for outcome in outcomes if outcome.metrics is not None]
-    not_done = [outcome for outcome in outcomes if outcome.metrics is None]
+    before, now = json.loads(path.read_text()), json.loads(json.dumps(settings))
+    other = sorted(name for name in {*before, *now} if before.get(name) != now.get(name))
+    if other:
+        raise OutputError(
+            f"This comparison was begun with another {other[0].replace('_', ' ')}: {before.get(other[0])!r}, now "
+            f"{now.get(other[0])!r}. Give the same settings (methods, targets and seeds may grow), or choose another "
+            "--output."
+        )
+
+
+def _finish(wanted: ComparisonJob, outcomes: list[Outcome], command: str, seconds: float) -> list[Row]:
+    """Write the results of all cells that are done, of earlier runs too; returns their rows."""
+    asked, rows = set(wanted.cells()), _rows(outcomes)
+    not_done = [outcome for outcome in outcomes if outcome.cell in asked and outcome.metrics is None]
     for outcome in not_done:
-        warnings.warn(f"{outcome.cell.name} {outcome.status}: {outcome.reason}", stacklevel=3)
+        warnings.warn(f"{outcome.cell.name} {outcome.status}: {outcome.reason}", stacklevel=4)
     if not rows:
         raise TrainingError(f"No cell was done. The first, {not_done[0].cell.name}: {not_done[0].reason}")
-    write_results(wanted.output, rows, _record(wanted, outcomes, command, time.perf_counter() - begun))
+    if wanted.storage:
+        command = command.replace(wanted.storage, without_password(wanted.storage))
+    write_results(wanted.output, rows, _record(wanted, outcomes, command, seconds))
     return rows
+
+
+def _open(wanted: ComparisonJob) -> Store:
+    """Open the store; in a database of the user's own the comparison is named after its folder."""
+    return Store(wanted.storage, str(wanted.output.resolve())) if wanted.storage else _own_store(wanted.output)
+
+
+def _own_store(folder: Path) -> Store:
+    return Store(f"sqlite:///{(folder / STORE).resolve()}")
+
+
+def _rows(outcomes: Sequence[Outcome]) -> list[Row]:
+    return [row_of(outcome.cell, outcome.metrics) for outcome in outcomes if outcome.metrics is not None]
 
 
 def finished_rows(folder: Path) -> list[Row]:
     """Return a row for every cell that is done in a comparison's output folder, whichever call asked for it."""
-    outcomes = Store(f"sqlite:///{(folder / STORE).resolve()}").outcomes()
-    return [row_of(outcome.cell, outcome.metrics) for outcome in outcomes if outcome.metrics is not None]
+    return _rows(_own_store(folder).outcomes())
 
 
 def _record(wanted: ComparisonJob, outcomes: list[Outcome], command: str, seconds: float) -> dict[str, Any]:
@@ -108,7 +180,10 @@ def _record(wanted: ComparisonJob, outcomes: list[Outcome], command: str, second
         "settings": wanted.settings(),
         "processes": wanted.processes,
         "seconds": round(seconds, 1),
-        "not_done": {o.cell.name: f"{o.status}: {o.reason}" for o in outcomes if o.metrics is None},
+        "not_done": {
+            o.cell.name: f"{o.status}: {o.reason}" for o in outcomes if o.metrics is None and o.reason != NOT_ASKED
+        },
+        "ours_alone": wanted.ours_alone(),
         "hosts": {o.cell.method: o.metrics["host"] for o in done if o.metrics and "host" in o.metrics},
         "latency_batch_size": wanted.template.latency_batch_sizes[0],
         "machine": describe_machine(),
@@ -134,7 +209,7 @@ def _do_all(wanted: ComparisonJob, store: Store, say: Callable[[str], None]) -> 
         for process in others:
             process.start()
         while not store.finished():
-            _work(wanted, 0, say)
+            _work(wanted, say)
             time.sleep(1.0)
     finally:
         torch.set_num_threads(before)
@@ -145,17 +220,23 @@ def _do_all(wanted: ComparisonJob, store: Store, say: Callable[[str], None]) -> 
 
 
 def _work_elsewhere(wanted: ComparisonJob, number: int, threads: int) -> None:
-    """Work in a process of its own; an interrupt of the terminal ends it without a word."""
+    """Work in a process of its own, which ends with the one that started it, however that ends."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def end_with_parent() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=end_with_parent, daemon=True).start()
+    take_gpu(number)
     torch.set_num_threads(threads)
     with suppress(KeyboardInterrupt):
-        _work(wanted, number, partial(print, flush=True))
+        _work(wanted, partial(print, flush=True))
 
 
-def _work(wanted: ComparisonJob, number: int, say: Callable[[str], None]) -> None:
-    """Take cells until none waits, on the GPU of this number where there are several and none was named."""
-    if wanted.template.device is None and torch.cuda.device_count() > 1:
-        device = f"cuda:{number % torch.cuda.device_count()}"
-        wanted = replace(wanted, template=replace(wanted.template, device=device))
+def _work(wanted: ComparisonJob, say: Callable[[str], None]) -> None:
+    """Take cells until none waits."""
 
     def do(cell: Cell) -> dict[str, Any]:
         say(f"{cell.name} ...")
@@ -163,23 +244,12 @@ def _work(wanted: ComparisonJob, number: int, say: Callable[[str], None]) -> Non
             warnings.simplefilter("ignore")  # what a plan warns of, its own report says
             return do_cell(wanted, cell, say)
 
-    Store(wanted.address).work(do, say)
+    _open(wanted).work(set(wanted.cells()), do, say)
 
 
-@contextmanager
-def _on_its_own() -> Iterator[tuple[int, int]]:
-    """Hide from training that `torchrun` started several processes; gives this one's rank, and that on its machine."""
-    hidden = {name: os.environ.pop(name) for name in _OF_LAUNCHERS if name in os.environ}
-    try:
-        yield int(hidden.get("RANK", "0")), int(hidden.get("LOCAL_RANK", "0"))
-    finally:
-        os.environ.update(hidden)
-
-
-def _wait_for(path: Path, seconds: float = 600.0) -> None:
-    """Wait until the first process has filled the store."""
-    begun = time.monotonic()
-    while not path.exists():
-        if time.monotonic() - begun > seconds:
-            raise OutputError(f"Expected {str(path)!r} of the process of rank 0 within {seconds:.0f} s, got none.")
-        time.sleep(0.5)
+def _remove_if_empty(folder: Path) -> None:
+    """Take back a folder in which nothing was done."""
+    for name in (".lock", SETTINGS, STORE) if not (folder / CELLS).exists() and not (folder / DENSE).exists() else ():
+        (folder / name).unlink(missing_ok=True)
+    with suppress(OSError):
+        folder.rmdir()

@@ -1,15 +1,15 @@
 """The state of every cell, in a database through Optuna: a cell is a trial.
 
 Any number of processes, on any number of machines that reach the database, take waiting cells; each is taken once. A
-process tells that it lives while it works; a cell whose process died waits again. A method that refuses a network is
-a result (a pruned trial in Optuna's words), an unexpected error is a failed trial.
+process tells that it lives while it works; a cell whose process died waits again. A method that cannot prune a network
+or reach a target is a result (a pruned trial in Optuna's words); anything else that goes wrong is a failed trial, and
+is tried again by the next run.
 """
 
 from __future__ import annotations
 
-import json
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -17,11 +17,18 @@ from typing import Any, Literal
 import optuna
 from optuna.storages import RDBStorage, RetryHeartbeatStaleTrialCallback
 from optuna.trial import FrozenTrial, TrialState
+from sqlalchemy.engine import make_url
+from sqlalchemy.exc import ArgumentError
 
 from nni_plugin.comparison.job import Cell, from_json, to_json
-from nni_plugin.errors import NNIPluginError, OutputError
+from nni_plugin.errors import BudgetError, CriterionError, GraphError, OutputError, SurgeryError
 
-STUDY = "comparison"
+REFUSALS = (BudgetError, CriterionError, GraphError, SurgeryError)
+"""What a method says of a network or a target; other errors say something of the run."""
+
+NOT_ASKED = "not asked for"
+"""Reason of a cell that waited and that a later run did not want."""
+
 HEARTBEAT = 60
 """Seconds between two signs of life of a working process; after twice that its cell is given to another."""
 
@@ -57,12 +64,13 @@ class Store:
 
     Args:
         url: As SQLAlchemy takes it, such as `sqlite:///compared/comparison.sqlite`.
+        name: Of the comparison; a database may hold several.
 
     Raises:
         OutputError: It cannot be opened.
     """
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, name: str = "comparison") -> None:
         options = {"connect_args": {"timeout": 60}} if url.startswith("sqlite") else {}
         with _quiet():
             try:
@@ -73,41 +81,26 @@ class Store:
                     heartbeat_stale_trial_callback=RetryHeartbeatStaleTrialCallback(),
                 )
                 self._study = optuna.create_study(
-                    storage=storage, study_name=STUDY, direction="maximize", load_if_exists=True
+                    storage=storage, study_name=name, direction="maximize", load_if_exists=True
                 )
             except Exception as error:  # of SQLAlchemy, Alembic or the database's driver
-                raise OutputError(f"The store {url!r} cannot be opened: {error}. Choose another --output.") from error
+                raise OutputError(
+                    f"The database {without_password(url)} cannot be opened: {type(error).__name__}. It is damaged, "
+                    "not there, or its driver is not installed; choose another --output or --storage."
+                ) from error
 
-    def agree(self, settings: Mapping[str, Any]) -> None:
-        """Note what all cells share, or check that it is what was noted before.
-
-        Raises:
-            OutputError: The cells that are there were made with other settings.
-        """
-        before = self._study.user_attrs.get("settings")
-        if before is None:
-            self._study.set_user_attr("settings", dict(settings))
-            return
-        now = json.loads(json.dumps(settings))
-        other = sorted(name for name in {*before, *now} if before.get(name) != now.get(name))
-        if other:
-            raise OutputError(
-                f"This comparison was begun with another {other[0].replace('_', ' ')}: {before.get(other[0])!r}, now "
-                f"{now.get(other[0])!r}. Give the same settings (methods, targets and seeds may grow), or choose "
-                "another --output."
-            )
-
-    def add(self, cells: Sequence[Cell]) -> None:
+    def add(self, cells: Collection[Cell]) -> None:
         """Let cells wait that are new, have failed, or were running when everything was killed.
 
         To be called while no process works.
         """
-        known = {outcome.cell: outcome.status for outcome in self.outcomes()}
+        known = {outcome.cell: outcome for outcome in self.outcomes()}
         with _quiet():
             for trial in self._study.get_trials(states=(TrialState.RUNNING,)):
                 self._study.tell(trial.number, state=TrialState.FAIL)
             for cell in cells:
-                if known.get(cell) in (None, "failed", "running"):
+                before = known.get(cell)
+                if before is None or before.status in ("failed", "running") or before.reason == NOT_ASKED:
                     self._study.enqueue_trial({}, user_attrs={"cell": to_json(cell)})
 
     def outcomes(self) -> list[Outcome]:
@@ -125,10 +118,13 @@ class Store:
             optuna.storages.fail_stale_trials(self._study)
             return not self._study.get_trials(deepcopy=False, states=(TrialState.WAITING, TrialState.RUNNING))
 
-    def work(self, do: Callable[[Cell], Mapping[str, Any]], say: Callable[[str], None]) -> None:
+    def work(
+        self, cells: Collection[Cell], do: Callable[[Cell], Mapping[str, Any]], say: Callable[[str], None]
+    ) -> None:
         """Take cells until none waits.
 
         Args:
+            cells: Those that are wanted; others that wait, of an earlier run, are put aside.
             do: Does a cell; returns its metrics.
             say: Takes a line a cell.
         """
@@ -137,9 +133,12 @@ class Store:
             if "cell" not in trial.user_attrs:  # another process was faster: this trial is none of ours
                 raise optuna.TrialPruned
             cell = from_json(trial.user_attrs["cell"])
+            if cell not in cells:
+                trial.set_user_attr("reason", NOT_ASKED)
+                raise optuna.TrialPruned
             try:
                 metrics = do(cell)
-            except NNIPluginError as error:
+            except REFUSALS as error:
                 trial.set_user_attr("reason", str(error))
                 say(f"{cell.name}: refused: {error}")
                 raise optuna.TrialPruned from error
@@ -155,6 +154,19 @@ class Store:
             while self._study.get_trials(deepcopy=False, states=(TrialState.WAITING,)):
                 # One cell that fails in an unforeseen way must not end the others; it is told as failed.
                 self._study.optimize(objective, n_trials=1, catch=(Exception,))
+
+
+def without_password(url: str) -> str:
+    """Return a database's address as it may be shown.
+
+    Example:
+        >>> without_password("postgresql://me:secret@host/cells")
+        'postgresql://me:***@host/cells'
+    """
+    try:
+        return make_url(url).render_as_string(hide_password=True)
+    except ArgumentError:
+        return "that was named"
 
 
 def _outcome(trial: FrozenTrial) -> Outcome | None:

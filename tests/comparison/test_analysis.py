@@ -31,24 +31,50 @@ def test_differences_are_paired_by_seed_and_against_the_best_built_in() -> None:
     assert "do not tell apart" in losses([*OURS, *TAYLOR])[0]
 
 
+def test_intervals_of_several_of_ours_hold_together() -> None:
+    both = [*OURS, *TAYLOR, *(row("taylor-fo", seed, 85.0 + seed) for seed in range(3))]
+    alone = differences([*OURS, *TAYLOR])[0].interval
+    together = {d.method: d.interval for d in differences(both)}["obs"]
+    assert alone is not None
+    assert together is not None
+    # The quantile of 97.5 % confidence, of two degrees of freedom, is 6.2053.
+    assert together[1] - together[0] == pytest.approx((alone[1] - alone[0]) * 6.205347 / 4.302653)
+
+
 def test_a_seed_that_one_of_them_lacks_does_not_count() -> None:
     [found] = differences([*OURS, *TAYLOR[:2]])
     assert found.difference == Mean(1.25, pytest.approx(math.sqrt(0.125)), 2)
 
 
-def test_a_built_in_with_fewer_seeds_is_not_the_best_one() -> None:
-    assert best_built_in([*TAYLOR, row("tp:lamp", 0, 99.0)], "macs=0.5") == "tp:taylor"
+def test_a_strong_built_in_that_lacks_a_seed_still_counts() -> None:
+    strong = [row("tp:lamp", seed, 92.0) for seed in (0, 1)]
+    [found] = differences([*OURS, *TAYLOR, *strong])
+    assert (found.against, found.difference.count) == ("tp:lamp", 2)
+    assert found.difference.mean == pytest.approx(-2.5)
+    assert best_built_in([*TAYLOR, *strong], "macs=0.5") == "tp:lamp"
     assert best_built_in(OURS, "macs=0.5") is None
     assert differences(OURS) == []
 
 
+def test_what_is_not_known_is_not_called_ahead() -> None:
+    level = [row("tp:lamp", r.seed, r.top1) for r in OURS]
+    assert losses([*OURS, *level]) == ["macs=0.5: obs and tp:lamp are level."]
+    [text] = losses([OURS[0], L1[0]])
+    assert text == "macs=0.5: obs has 9.00 points more than nni:l1, on one seed: more is not known."
+    same = [row("tp:lamp", r.seed, r.top1 - 0.25) for r in OURS]
+    assert differences([*OURS, *same])[0].verdict == "no spread"
+    assert losses([*OURS, *same])[0].endswith("on seeds without spread: more is not known.")
+    assert losses(L1) == ["macs=0.5: none of ours reached it; nni:l1 did."]
+    assert "nothing to compare with" in losses(OURS)[0]
+
+
 def test_losses_are_said_plainly() -> None:
     behind = [row("obs", seed, 70.0) for seed in range(3)]
-    ahead = [row("obs", seed, 99.0) for seed in range(3)]
+    ahead = [row("obs", seed, 99.0 + 0.1 * seed) for seed in range(3)]
     [text] = losses([*behind, *TAYLOR])
-    assert text.startswith("macs=0.5: tp:taylor is ahead of our best, obs, by 19.00 points (behind)")
+    assert text == "macs=0.5: tp:taylor is ahead of our best, obs, by 19.00 points (behind)."
     assert losses([*ahead, *L1]) == []
-    assert "higher mean at 1 of 1 targets, 1 of them beyond chance" in lead([*ahead, *L1])
+    assert "higher mean at 1 of 1 targets, 1 of them with an interval above zero" in lead([*ahead, *L1])
     assert lead(ahead) == ""
 
 
@@ -72,9 +98,8 @@ def test_points_go_from_the_best_down_within_each_target() -> None:
 @given(st.lists(st.floats(-100, 100), min_size=2, max_size=8))
 def test_the_interval_is_that_of_a_paired_t_test(values: list[float]) -> None:
     found = interval(values)
-    assert found is not None
     if stats.sem(values) == 0:
-        assert found[0] == found[1]
+        assert found is None
         return
     expected = stats.ttest_1samp(values, 0.0).confidence_interval(0.95)
     assert found == pytest.approx((expected.low, expected.high), rel=1e-9, abs=1e-9)

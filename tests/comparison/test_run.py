@@ -8,15 +8,25 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from filelock import FileLock
 
 import nni_plugin
+from nni_plugin.adapters.training import TrainingConfig
 from nni_plugin.budgets import Channels, Latency, MACs, Params
 from nni_plugin.comparison import latency_target
 from nni_plugin.comparison import run as running
 from nni_plugin.comparison.job import CELLS, Cell, ComparisonJob
 from nni_plugin.comparison.results import Row, from_csv
 from nni_plugin.comparison.run import finished_rows, run_comparison
-from nni_plugin.errors import BudgetError, CriterionError, OutputError, TrainingError
+from nni_plugin.errors import (
+    BudgetError,
+    CriterionError,
+    DataError,
+    ModelError,
+    OutputError,
+    ScheduleError,
+    TrainingError,
+)
 
 Make = Callable[..., ComparisonJob]
 
@@ -47,7 +57,8 @@ def test_every_cell_starts_from_its_seeds_dense_network_and_meets_its_target(com
     plots = {f"accuracy-{cost}_ratio.svg" for cost in ("macs", "params", "latency")} | {
         "accuracy-macs_ratio-before.svg"
     }
-    assert files == {"results.csv", "report.html", "comparison.json", "comparison.sqlite", "dense", "cells", *plots}
+    state = {"comparison.sqlite", "settings.json", ".lock", "dense", "cells"}
+    assert files == {"results.csv", "report.html", "comparison.json", *state, *plots}
     read = from_csv((wanted.output / "results.csv").read_text())
     assert [(r.method, r.target, r.seed) for r in read] == [(r.method, r.target, r.seed) for r in rows]
     assert [r.top1 for r in read] == pytest.approx([r.top1 for r in rows], abs=0.005)
@@ -109,6 +120,28 @@ def test_other_settings_are_refused(comparison: Make) -> None:
     other = dataclasses.replace(wanted, template=dataclasses.replace(wanted.template, finetune=longer))
     with pytest.raises(OutputError, match="another finetune"):
         run_comparison(other, resume=True, say=silent)
+    timed = dataclasses.replace(wanted, template=dataclasses.replace(wanted.template, latency_batch_sizes=(2,)))
+    with pytest.raises(OutputError, match="another latency batch sizes"):
+        run_comparison(timed, resume=True, say=silent)
+    with FileLock(wanted.output / ".lock"), pytest.raises(OutputError, match="Another process is at work"):
+        run_comparison(wanted, resume=True, say=silent)
+
+
+def test_what_would_fail_in_every_cell_is_refused_before_anything_is_written(comparison: Make, tmp_path: Path) -> None:
+    wanted = comparison()
+    for fields, error, text in (
+        ({"dataset": "torch/fashion_mnist", "data_dir": tmp_path / "nothing"}, DataError, "nothing"),
+        ({"model": "resnet21"}, ModelError, "resnet21"),
+        ({"pretrain": TrainingConfig(epochs=0)}, TrainingError, "random weights"),
+    ):
+        with pytest.raises(error, match=text):
+            run_comparison(dataclasses.replace(wanted, template=dataclasses.replace(wanted.template, **fields)))
+        assert not wanted.output.exists()
+    with pytest.raises(ScheduleError, match="one-shot"):
+        dataclasses.replace(wanted, template=dataclasses.replace(wanted.template, schedule="iterative"))
+    with pytest.raises(OutputError, match="cannot be opened"):
+        run_comparison(dataclasses.replace(wanted, storage="nothing://here"), say=silent)
+    assert not wanted.output.exists()
 
 
 def test_what_a_method_refuses_is_told_and_the_others_go_on(comparison: Make) -> None:
@@ -153,9 +186,10 @@ def test_bad_input(comparison: Make, fields: dict[str, Any], error: type[Excepti
 
 def test_a_latency_is_a_target_for_built_in_methods_too(comparison: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(latency_target, "NEAR", 1.0)  # the first network that is fast enough; see its own tests
-    wanted = comparison(methods=("tp:magnitude",), budgets=(Latency(ratio=0.8, batch_size=32),), seeds=(0,))
+    monkeypatch.setattr(latency_target, "measure_pair", nni_plugin.job_steps.measure_pair)  # short, see conftest
+    wanted = comparison(methods=("tp:magnitude",), budgets=(Latency(ratio=0.95, batch_size=32),), seeds=(0,))
     sizes = dataclasses.replace(wanted.template, latency_batch_sizes=(32,))
     [row] = run_comparison(dataclasses.replace(wanted, template=sizes), say=silent)
-    assert row.target == "latency=0.8"
+    assert row.target == "latency=0.95"
     assert row.macs_ratio < 0.9
     assert row.latency_ratio < 1.0  # measured once more, so not exactly the one that was held
