@@ -9,9 +9,9 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+from nni_plugin.pages import NO_PLOTS, NOTHING, render_page
 from nni_plugin.report_plots import history_axis, plot_history, plot_widths
 
-_NOTHING = "\u2013"  # an en dash
 _MOST_HISTORY_ROWS = 200
 _HISTORY_COLUMNS = {
     "phase": "phase",
@@ -25,8 +25,6 @@ _MACS_FELL = 0.9
 
 _LATENCY_FOLLOWED = 0.25
 """Part of what MACs have lost that latency must have lost."""
-
-_NO_PLOTS = 'Written without figures, since Matplotlib is not installed: pip install "nni-plugin[plots]".'
 
 
 def _now() -> str:
@@ -201,7 +199,6 @@ def write_report(path: str | os.PathLike[str], report: Report) -> bool:
 
 def _render(report: Report) -> tuple[str, bool]:
     """Return the page, and whether it has its figures."""
-    from jinja2 import Environment, PackageLoader, StrictUndefined
     from markupsafe import Markup
 
     notes = [*latency_notes(report.metrics), *report.notes]
@@ -212,21 +209,15 @@ def _render(report: Report) -> tuple[str, bool]:
         with_figures = True
     except ImportError:
         history_svg, widths_svg, bars, with_figures = "", "", 0, False
-        notes.append(_NO_PLOTS)
-    environment = Environment(
-        loader=PackageLoader("nni_plugin"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    page = environment.get_template("report.html.j2").render(
+        notes.append(NO_PLOTS)
+    page = render_page(
+        "report.html.j2",
         report=report,
         facts=_facts(report),
         lead=_lead(report.metrics),
         rows=before_after(report.metrics),
         targets=[
-            (t.quantity, *(_NOTHING if v is None else f"{v:.4g}" for v in (t.asked, t.predicted, t.result)))
+            (t.quantity, *(NOTHING if v is None else f"{v:.4g}" for v in (t.asked, t.predicted, t.result)))
             for t in report.targets
         ],
         # Matplotlib has escaped every name in the figures; all other text is escaped by the template.
@@ -284,12 +275,12 @@ def _history_table(history: Sequence[Mapping[str, Any]]) -> list[list[str]]:
 
 def _cell(value: object) -> str:
     if value is None:
-        return _NOTHING
+        return NOTHING
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def _fixed(value: float | None, digits: int, unit: float = 1.0) -> str:
-    return _NOTHING if value is None else f"{value / unit:,.{digits}f}".replace(",", "\u202f")
+    return NOTHING if value is None else f"{value / unit:,.{digits}f}".replace(",", "\u202f")
 
 
 def _time(milliseconds: float | None) -> str:
@@ -297,11 +288,11 @@ def _time(milliseconds: float | None) -> str:
 
 
 def _quotient(after: float | None, before: float | None) -> str:
-    return _NOTHING if after is None or not before else f"{after / before:.3f}"
+    return NOTHING if after is None or not before else f"{after / before:.3f}"
 
 
 def _points(before: float | None, after: float | None) -> str:
     if before is None or after is None:
-        return _NOTHING
+        return NOTHING
     # Rounded first, so that no minus stands before 0.00; then the typographic minus, as wide as the plus.
     return f"{round(after - before, 2) + 0.0:+.2f} points".replace("-", "\u2212")

@@ -37,7 +37,7 @@ FLOORS = (
     frozenset({"tracing", "compensation", "narrowing"}),
     frozenset({"latency_cache", "latency_table", "rounding"}),
     frozenset({"plan", "masks", "networks", "workspace", "correlation", "search_space"}),
-    frozenset({"svg_figures", "report", "report_plots"}),
+    frozenset({"svg_figures", "pages", "report", "report_plots"}),
     frozenset({"criteria"}),
     frozenset({"budgets"}),
     frozenset({"selection", "stages", "slim_cost", "slim_latency", "knapsack", "schedules", "scorer", "live_plan"}),

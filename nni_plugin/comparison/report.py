@@ -21,13 +21,11 @@ from nni_plugin.comparison.analysis import (
 )
 from nni_plugin.comparison.plots import AXES, plot_accuracy
 from nni_plugin.comparison.results import Row, to_csv
+from nni_plugin.pages import NO_PLOTS, NOTHING, render_page
 from nni_plugin.svg_figures import standalone
 from nni_plugin.workspace import write_file
 
 RESULTS, REPORT, RECORD = "results.csv", "report.html", "comparison.json"
-
-_NOTHING = "\u2013"  # an en dash
-_NO_PLOTS = 'Written without figures, since Matplotlib is not installed: pip install "nni-plugin[plots]".'
 
 
 def write_results(folder: Path, rows: Sequence[Row], record: Mapping[str, Any]) -> None:
@@ -65,25 +63,17 @@ def _dense(rows: Sequence[Row]) -> dict[int, float]:
 
 def render(rows: Sequence[Row], record: Mapping[str, Any], figures: Mapping[str, str]) -> str:
     """Return the page."""
-    from jinja2 import Environment, PackageLoader, StrictUndefined
     from markupsafe import Markup
 
-    environment = Environment(
-        loader=PackageLoader("nni_plugin"),
-        undefined=StrictUndefined,
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
     settings = record["settings"]
-    notes = [] if figures else [_NO_PLOTS]
+    notes = [] if figures else [NO_PLOTS]
     dense = _dense(rows)
     if len(dense) > 1 and len(set(dense.values())) == 1:
         notes.append(
             "All seeds started from one dense network: deviations and intervals are of data order and chance alone."
         )
-    page: str = environment.get_template("comparison.html.j2").render(
+    return render_page(
+        "comparison.html.j2",
         title=f"{rows[0].model} on {rows[0].dataset}: methods compared",
         facts=_facts(rows, record),
         lead=lead(rows),
@@ -119,7 +109,6 @@ def render(rows: Sequence[Row], record: Mapping[str, Any], figures: Mapping[str,
             for row in rows
         ],
     )
-    return page
 
 
 def lead(rows: Sequence[Row]) -> str:
@@ -171,7 +160,7 @@ def _difference(difference: Difference) -> tuple[str, ...]:
         difference.method,
         difference.against,
         f"{difference.difference.mean:+.2f}",
-        _NOTHING if low_high is None else f"{low_high[0]:+.2f} to {low_high[1]:+.2f}",
+        NOTHING if low_high is None else f"{low_high[0]:+.2f} to {low_high[1]:+.2f}",
         str(difference.difference.count),
         difference.verdict,
     )

