@@ -2,7 +2,8 @@
 
 A factor on the gate of a channel is a factor on the affine parameters of every layer that writes the channel
 (`gamma` and `beta` of a normalisation), so the network keeps its architecture. The statistics of batch
-normalisations belong to the dense network and can be estimated again on a few minibatches.
+normalisations belong to the dense network and can be estimated again on a few minibatches, or taken anew with scale and
+shift that leave what the network computes as it is.
 """
 
 from __future__ import annotations
@@ -81,3 +82,60 @@ def reestimate_batchnorm(model: nn.Module, batches: Iterable[Any], forward: Call
                     buffer.copy_(value)  # type: ignore[union-attr]
     if not complete:
         raise DataError("There is no minibatch to estimate the statistics of batch normalisations on.")
+
+
+@torch.no_grad()
+def anchor_batchnorm(model: nn.Module, batches: Iterable[Any], forward: Callable[[nn.Module, Any], Any]) -> None:
+    """Give batch normalisations the statistics of what they read by now, without changing what the network computes.
+
+    Where weights were solved anew against outputs, the running statistics are still those of the dense network. In eval
+    mode that is right; in train mode a normalisation takes the minibatch's own statistics instead, and fine-tuning
+    would begin with another network than the one that was made: least squares give a signal of less variance, which
+    every normalisation in train mode would blow up again. With the statistics that are, and scale and shift that undo
+    the difference, `gamma' = gamma s'/s` and `beta' = beta + gamma (m' - m)/s`, both modes begin alike.
+
+    Args:
+        model: Changed in place: running statistics and affine parameters of its batch normalisations. Those without
+            affine parameters, or that do not run, stay as they are.
+        batches: Minibatches.
+        forward: `forward(model, batch)` runs the network; what it returns is not used.
+
+    Raises:
+        DataError: There is no minibatch; nothing has changed.
+    """
+    norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.running_mean is not None and m.affine]
+    sums: dict[_BatchNorm, list[Tensor]] = {}
+
+    def gather(norm: _BatchNorm, inputs: tuple[Tensor, ...]) -> None:
+        values = inputs[0].double()
+        rest = [dim for dim in range(values.dim()) if dim != 1]
+        total = torch.full((), values.numel() / values.shape[1], dtype=torch.float64, device=values.device)
+        found = [total, values.sum(rest), values.square().sum(rest)]
+        sums[norm] = [a + b for a, b in zip(sums[norm], found, strict=True)] if norm in sums else found
+
+    modes = {module: module.training for module in model.modules()}
+    hooks = [norm.register_forward_pre_hook(gather) for norm in norms]
+    ran = False
+    try:
+        model.eval()
+        for batch in batches:
+            forward(model, batch)
+            ran = True
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for module, training in modes.items():
+            module.training = training
+    if not ran:
+        raise DataError("There is no minibatch to take the statistics of batch normalisations on.")
+    for norm, (total, first, second) in sums.items():
+        mean = first / total
+        variance = (second / total - mean.square()).clamp(min=0)
+        assert isinstance(norm.running_mean, Tensor)
+        assert isinstance(norm.running_var, Tensor)
+        before = (norm.running_var.double() + norm.eps).sqrt()
+        weight = norm.weight.double()
+        norm.bias.copy_(norm.bias.double() + weight * (mean - norm.running_mean.double()) / before)
+        norm.weight.copy_(weight * (variance + norm.eps).sqrt() / before)
+        norm.running_mean.copy_(mean)
+        norm.running_var.copy_(variance)

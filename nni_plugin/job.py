@@ -48,7 +48,7 @@ class Job:
             which keeps a row for every image, about 2,000 images). A search over gates takes a tenth, five at least,
             and holds a fifth of these out to choose on.
         score_steps: Steps in which a one-shot schedule goes to the budget, each on fresh scores without training
-            between; None: 10 for a method that compensates (`obs`), 1 for the others.
+            between; None: 1, but 10 for a method that compensates (`obs`) where weights are not solved anew.
         search_steps: Minibatches of a search over gates (`nppm`, `differentiable-gates`, `nppm-linear`); None: 4,000.
         search_kwargs: Its further options, see `performance.SearchOptions`.
         round_to: Widths become multiples of this; None: of 8 on CUDA, else of 1.

@@ -208,7 +208,8 @@ def make_plan(
     with unchanged(model):
         model.eval()
         pruner = pruner_of(job, model, examples, method, "never")
-        steps = job.score_steps or (10 if pruner.scorer.is_ranking else 1)
+        # Where weights are solved anew afterwards, steps in between gain nothing, see docs/methods/obs.md.
+        steps = job.score_steps or (10 if pruner.scorer.is_ranking and job.reconstruct is False else 1)
         pruner.schedule = OneShot() if steps == 1 else Gradual(steps)
         plan = run_without_training(pruner, batches, cross_entropy, reestimate=job.reestimate)
     planning = pruner.seconds["plan"]

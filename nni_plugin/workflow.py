@@ -24,7 +24,7 @@ from nni_plugin.adapters.training import Callback, TrainingConfig, TrainingState
 from nni_plugin.budgets import Budget, Channels, Latency, Layers, MACs
 from nni_plugin.channel_pruner import ChannelPruner
 from nni_plugin.checkpoint import save_pretrained
-from nni_plugin.compensation import reestimate_batchnorm
+from nni_plugin.compensation import anchor_batchnorm, reestimate_batchnorm
 from nni_plugin.cost import count
 from nni_plugin.criteria.ablation import cross_entropy
 from nni_plugin.errors import OutputError, PlanError, SurgeryError, TrainingError
@@ -186,7 +186,8 @@ class _Run:
         """Solve each layer's weights anew, on about 2,000 training images; returns the seconds it took."""
         begun = time.perf_counter()
         batches = self._score_batches(self.job.score_batches or math.ceil(2000 / (self.splits.score.batch_size or 1)))
-        reconstruct(self.model, self.dense, self.examples, batches, lambda model, batch: model(batch[0]))
+        reconstruct(self.model, self.dense, self.examples, batches, _run_on_images)
+        anchor_batchnorm(self.model, batches, _run_on_images)
         return time.perf_counter() - begun
 
     def _prune_while_training(self) -> _Pruned:
@@ -271,6 +272,10 @@ class _Run:
             device=str(self.device),
             macs_target=job.budget.ratio if isinstance(job.budget, MACs) else None,
         )
+
+
+def _run_on_images(model: nn.Module, batch: Any) -> Any:
+    return model(batch[0])
 
 
 class _Watch(Callback):

@@ -8,7 +8,7 @@ from networks_at_random import assert_same, state_of
 from torch import nn
 
 from nni_plugin.adapters.torch_pruning import find_groups
-from nni_plugin.compensation import fold_factors, reestimate_batchnorm
+from nni_plugin.compensation import anchor_batchnorm, fold_factors, reestimate_batchnorm
 from nni_plugin.errors import DataError
 from nni_plugin.networks import resnet20
 
@@ -62,3 +62,36 @@ def test_without_batch_normalisation_nothing_happens() -> None:
     before = state_of(model)
     reestimate_batchnorm(model, [torch.randn(2, 3, 4, 4)], lambda network, batch: network(batch))
     assert_same(model, before)
+
+
+def test_anchored_normalisations_compute_the_same_and_train_mode_begins_with_it(model: nn.Module) -> None:
+    images = torch.randn(32, 3, 8, 8, dtype=torch.float64) * 3 + 1
+    with torch.no_grad():  # weights solved anew leave the statistics behind
+        for module in model.modules():
+            if isinstance(module, nn.Conv2d):
+                module.weight.mul_(0.6)
+        expected = model(images)
+        apart = (copy.deepcopy(model).train()(images) - expected).abs().max()
+        anchor_batchnorm(model, [images], lambda network, batch: network(batch))
+        assert not model.training
+        torch.testing.assert_close(model(images), expected, rtol=1e-10, atol=1e-10)
+        torch.testing.assert_close(model.train()(images), expected, rtol=1e-8, atol=1e-8)
+    assert apart > 0.1
+
+
+def test_anchoring_sums_over_minibatches_and_leaves_what_has_no_affine_part() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4, affine=False))
+    model = model.double().eval()
+    batches = list(torch.randn(24, 3, 8, 8, dtype=torch.float64).split(8))
+    before = copy.deepcopy(model[3].state_dict())
+    anchor_batchnorm(model, batches, lambda network, batch: network(batch))
+    read = model[0](torch.cat(batches)).movedim(1, 0).flatten(1)
+    torch.testing.assert_close(model[1].running_mean, read.mean(1))
+    torch.testing.assert_close(model[1].running_var, read.var(1, correction=0))
+    assert all(torch.equal(value, before[name]) for name, value in model[3].state_dict().items())
+    assert not any(module._forward_pre_hooks for module in model.modules())
+    state = state_of(model)
+    with pytest.raises(DataError, match="no minibatch"):
+        anchor_batchnorm(model, [], lambda network, batch: network(batch))
+    assert_same(model, state)

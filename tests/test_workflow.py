@@ -11,7 +11,7 @@ from torch import nn
 
 import nni_plugin.latency
 from nni_plugin import Channels, Continuous, Iterative, MACs, NNIPluginError, Params, PruningPlan
-from nni_plugin import workflow as module
+from nni_plugin import job_steps as module
 from nni_plugin.adapters.training import TrainingConfig
 from nni_plugin.checkpoint import from_pretrained
 from nni_plugin.criteria.ablation import cross_entropy

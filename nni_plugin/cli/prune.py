@@ -70,7 +70,11 @@ def add_options(parser: jsonargparse.ArgumentParser) -> None:
         type=above(1),
         help="minibatches that one-shot scores on (all training data; obs: 2,000 images; nppm and its kin: a tenth)",
     )
-    add("--score-steps", type=above(1), help="steps of one-shot, each on fresh scores (obs: 10, others: 1)")
+    add(
+        "--score-steps",
+        type=above(1),
+        help="steps of one-shot, each on fresh scores (1; obs without --reconstruct: 10)",
+    )
     add(
         "--search-steps",
         type=above(1),
