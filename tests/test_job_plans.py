@@ -11,8 +11,7 @@ import torch
 from torch import nn
 
 import nni_plugin.latency
-from nni_plugin import Channels, Latency, Layers, MACs, NNIPluginError, count, marginal_cost
-from nni_plugin import workflow as module
+from nni_plugin import Channels, Latency, Layers, MACs, NNIPluginError, count, job_steps, marginal_cost, workflow
 from nni_plugin.adapters.training import TrainingConfig
 from nni_plugin.checkpoint import from_pretrained
 from nni_plugin.errors import BudgetError, ScheduleError
@@ -28,7 +27,7 @@ X = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
     measure = nni_plugin.latency.measure_pair
-    monkeypatch.setattr(module, "measure_pair", lambda *args: measure(*args, min_run_time=1e-4, rounds=3))
+    monkeypatch.setattr(job_steps, "measure_pair", lambda *args: measure(*args, min_run_time=1e-4, rounds=3))
     latency_by_macs.use(monkeypatch)
     monkeypatch.setattr(marginal_cost, "measure_pair", latency_by_macs.measure_pair)
 
@@ -83,7 +82,7 @@ def test_latency_that_did_not_follow_is_said_everywhere(tmp_path: Any, monkeypat
         ms = nni_plugin.latency.Latency(1, 2.0, 0.0, 500.0, 1, "cpu", "float32", 1)
         return [LatencyPair(ms, dataclasses.replace(ms, median_ms=1.96), 0.98, 3)]
 
-    monkeypatch.setattr(module, "measure_pair", still)
+    monkeypatch.setattr(job_steps, "measure_pair", still)
     said: list[str] = []
     result = run_job(_job(tmp_path / "out"), say=said.append)
     [note] = result.metrics["notes"]
@@ -113,13 +112,13 @@ def test_a_resumed_run_keeps_its_plan(tmp_path: Any, monkeypatch: pytest.MonkeyP
             raise Killed
         return fit(*_, phase=phase, **__)
 
-    fit = module.fit
-    monkeypatch.setattr(module, "fit", killed)
+    fit = workflow.fit
+    monkeypatch.setattr(workflow, "fit", killed)
     with pytest.raises(Killed):
         _run(job)
     stored = json.loads((tmp_path / "out" / STATE / "planned.json").read_text())
-    monkeypatch.setattr(module, "fit", fit)
-    monkeypatch.setattr(module, "make_plan", lambda *_: pytest.fail("the plan is made a second time"))
+    monkeypatch.setattr(workflow, "fit", fit)
+    monkeypatch.setattr(workflow, "make_plan", lambda *_: pytest.fail("the plan is made a second time"))
     resumed = _run(job, resume=True)
     assert resumed.plan.removed_blocks == whole.plan.removed_blocks
     assert json.loads(stored["plan"])["removed_blocks"] == list(resumed.plan.removed_blocks)
@@ -136,11 +135,11 @@ def test_a_latency_met_while_training_is_there_after_a_resumed_run(tmp_path: Any
     def killed(*_: Any, **__: Any) -> Any:
         raise Killed
 
-    save = module.save_pretrained
-    monkeypatch.setattr(module, "save_pretrained", killed)
+    save = workflow.save_pretrained
+    monkeypatch.setattr(workflow, "save_pretrained", killed)
     with pytest.raises(Killed):
         _run(job)
-    monkeypatch.setattr(module, "save_pretrained", save)
+    monkeypatch.setattr(workflow, "save_pretrained", save)
     assert _run(job, resume=True).plan.provenance["latency"]["ratio"] <= 0.7
 
 

@@ -113,7 +113,7 @@ def test_wheel_metadata(wheel: Path) -> None:
     assert re.search(r"^License-Expression: MIT$", metadata, re.MULTILINE)
     assert re.search(r"^Requires-Python: >=3\.10$", metadata, re.MULTILINE)
     extras = set(re.findall(r"^Provides-Extra: (.+)$", metadata, re.MULTILINE))
-    assert extras == {"train", "nni", "export", "plots", "dev"}
+    assert extras == {"train", "compare", "nni", "export", "plots", "docs", "dev"}
     required = set(re.findall(r"^Requires-Dist: ([\w-]+)", metadata, re.MULTILINE))
     assert {"torch", "torchvision", "timm", "torch-pruning", "nni"} <= required
 

@@ -153,7 +153,7 @@ def interval(values: Sequence[float], together: int = 1) -> tuple[float, float] 
     Example:
         >>> low, high = interval([1.0, 2.0, 3.0])
         >>> round(low, 3), round(high, 3)
-        (-1.484, 5.484)
+        (-0.484, 4.484)
     """
     if len(values) < 2:
         return None

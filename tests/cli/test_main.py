@@ -19,6 +19,10 @@ PROMISED = {
         "--model", "--library", "--checkpoint", "--dataset", "--data-dir", "--method", "--macs", "--params",
         "--channels", "--schedule", "--epochs", "--pretrain-epochs", "--resume",
     },
+    "compare": {
+        "--model", "--library", "--dataset", "--methods", "--macs", "--params", "--latency", "--seeds", "--processes",
+        "--epochs", "--pretrain-epochs", "--resume",
+    },
     "correlate": {"--model", "--library", "--checkpoint", "--dataset", "--data-dir", "--methods", "--resume"},
     "coverage": {"--models", "--library", "--all", "--macs", "--seconds", "--workers", "--resume"},
     "layers": {"--model", "--library", "--checkpoint", "--dataset", "--data-dir", "--criteria", "--resume"},
