@@ -1,0 +1,41 @@
+"""The page of the comparison, from the numbers that are committed and from some made up."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nni_plugin.benchmarks import comparison
+from nni_plugin.comparison.analysis import points
+from nni_plugin.comparison.results import Row
+
+RESULT = Path(__file__).parents[2] / "benchmarks" / "results" / "comparison.json"
+
+
+@pytest.fixture
+def result() -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(RESULT.read_text())
+    return found
+
+
+def test_every_point_is_on_the_page_with_its_numbers(result: dict[str, Any]) -> None:
+    page = comparison.render(result)
+    for network, rows in result["rows"].items():
+        section = page.partition(f"## {network}\n")[2].partition("\n## ")[0]
+        for point in points([Row(**row) for row in rows]):
+            assert f"| {point.target} | `{point.method}` | {point.top1} | {point.top1_before_finetune} |" in section
+
+
+def test_what_is_not_ahead_is_said(result: dict[str, Any]) -> None:
+    rows = [{**row, "top1": 1.0 if row["method"] == "obs" else row["top1"]} for row in result["rows"]["resnet20"]]
+    page = comparison.render({**result, "rows": {"resnet20": rows}})
+    assert page.count("is ahead of our best, obs, by") == 3
+    assert "ResNet-56" not in page.partition("## resnet20")[2]
+
+
+def test_the_figure_has_a_panel_for_each_network_that_has_rows(result: dict[str, Any], tmp_path: Path) -> None:
+    comparison.plot({**result, "rows": {**result["rows"], "vgg19_bn": []}}, tmp_path / "figure.svg")
+    text = (tmp_path / "figure.svg").read_text()
+    assert text.count("MACs kept") == len(result["rows"])
+    assert "vgg19_bn" not in text
