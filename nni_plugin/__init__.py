@@ -4,7 +4,7 @@ from nni_plugin.adapters.torch_pruning import Parity, carry_optimizer, verify
 from nni_plugin.budgets import Channels, Latency, Layers, MACs, Params
 from nni_plugin.channel_pruner import ChannelPruner
 from nni_plugin.checkpoint import from_pretrained, save_pretrained
-from nni_plugin.compensation import reestimate_batchnorm
+from nni_plugin.compensation import anchor_batchnorm, reestimate_batchnorm
 from nni_plugin.cost import Cost, count
 from nni_plugin.errors import NNIPluginError
 from nni_plugin.joint_planner import plan_jointly
@@ -32,6 +32,7 @@ __all__ = [
     "Params",
     "Parity",
     "PruningPlan",
+    "anchor_batchnorm",
     "carry_optimizer",
     "count",
     "from_pretrained",

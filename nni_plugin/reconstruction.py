@@ -69,7 +69,8 @@ def reconstruct(
         memory: Bytes for values of all images side by side, for both networks.
 
     Returns:
-        By layer the share of the squared error that is left on held-out rows; 1 where the weights stay.
+        By layer the share of the squared error that is left on held-out rows; 1 where the weights stay. Before training
+        on, give normalisations the statistics of what they read now: `nni_plugin.anchor_batchnorm`.
 
     Raises:
         DataError: There is no minibatch, or what a layer reads or gives is not finite.

@@ -12,6 +12,7 @@ from torch import nn
 import nni_plugin.latency
 from nni_plugin import Channels, Continuous, Iterative, MACs, NNIPluginError, Params, PruningPlan
 from nni_plugin import job_steps as module
+from nni_plugin.adapters.data import create_loaders
 from nni_plugin.adapters.training import TrainingConfig
 from nni_plugin.checkpoint import from_pretrained
 from nni_plugin.criteria.ablation import cross_entropy
@@ -132,3 +133,24 @@ def test_cross_entropy_is_the_mean_over_the_images():
     images, labels = torch.randn(6, 5), torch.tensor([0, 1, 2, 0, 1, 2])
     each = -F.log_softmax(model(images), dim=1)[range(6), labels]
     torch.testing.assert_close(cross_entropy(model, (images, labels)), each.mean())
+
+
+def test_after_reconstruction_normalisations_have_the_statistics_of_what_they_read(tmp_path):
+    job = _job(tmp_path / "out", method="obs")
+    model = run_job(job, say=lambda text: None).model.eval()
+    splits = create_loaders(job.dataset, None, seed=job.seed, **DATA)
+    norm, read = model.bn1, []
+    handle = norm.register_forward_pre_hook(lambda _, inputs: read.append(inputs[0]))
+    with torch.no_grad():
+        for images, _ in list(splits.score)[: job.score_batches]:
+            model(images)
+    handle.remove()
+    values = torch.cat(read).movedim(1, 0).flatten(1)
+    torch.testing.assert_close(norm.running_mean, values.mean(1), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(norm.running_var, values.var(1, correction=0), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(("reconstruct", "steps"), [(None, 1), (False, 10)])
+def test_steps_of_a_method_that_compensates(tmp_path, reconstruct, steps):
+    job = _job(tmp_path / "out", method="obs", reconstruct=reconstruct)
+    assert len(run_job(job, say=lambda text: None).plan.provenance["steps"]) == steps

@@ -13,11 +13,11 @@ from nni_plugin.budgets import Budget, Latency, MACs, Params
 from nni_plugin.errors import BudgetError, ScheduleError
 from nni_plugin.job import Job
 from nni_plugin.job_plans import method_of
+from nni_plugin.layers.methods import LAYER_METHODS
 from nni_plugin.search_plans import SEARCHES
 
 STORE, DENSE, CELLS = "comparison.sqlite", "dense", "cells"
 """In the output folder: the state of all cells, the dense network of each seed, a folder for each cell."""
-
 
 SCORE_IMAGES = 2000
 """Training images that every method sees, unless the template says otherwise; a search over gates sees a tenth."""
@@ -104,6 +104,8 @@ class ComparisonJob:
     def job_of(self, cell: Cell, dense: Path) -> Job:
         """Return a cell's job, which starts from a dense network's weights and trains it no further."""
         template, of_seed = self.template, self.dense_job(cell.seed)
+        # Other libraries' pruners do not round; methods for whole layers refuse to be told.
+        round_to = template.round_to if cell.method in LAYER_METHODS else template.round_to or 1
         few = math.ceil(SCORE_IMAGES / int(template.data_kwargs.get("batch_size", 128)))
         return replace(
             of_seed,
@@ -114,7 +116,7 @@ class ComparisonJob:
             pretrained=False,
             pretrain=TrainingConfig(epochs=0),
             score_batches=template.score_batches or (None if cell.method in SEARCHES else few),
-            round_to=template.round_to or 1,  # other libraries' pruners do not round
+            round_to=round_to,
         )
 
     def dense_job(self, seed: int) -> Job:

@@ -8,7 +8,6 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from nni_plugin.adapters.hosts import is_built_in
 from nni_plugin.comparison.analysis import (
     Difference,
     Mean,
@@ -140,7 +139,6 @@ def _line(point: Point, rows: Sequence[Row]) -> dict[str, Any]:
     of_target = [p for p in points(rows) if p.target == point.target]
     return {
         "method": point.method,
-        "of": "built in" if is_built_in(point.method) else "ours",
         "best": point.top1.mean == max(p.top1.mean for p in of_target),
         "best_built_in": point.method == best_built_in(rows, point.target),
         "top1": str(point.top1),

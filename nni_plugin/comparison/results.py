@@ -83,12 +83,3 @@ def to_csv(rows: Iterable[Row]) -> str:
         cells = asdict(row)
         writer.writerow(cells | {name: f"{cells[name]:{form}}" for name, form in _DIGITS.items()})
     return text.getvalue()
-
-
-def from_csv(text: str) -> list[Row]:
-    """Return the rows that :func:`to_csv` wrote."""
-    rows = []
-    for cells in csv.DictReader(io.StringIO(text, newline="")):
-        numbers: dict[str, Any] = {name: float(cells[name]) for name in _DIGITS}
-        rows.append(Row(**{**cells, **numbers, "seed": int(cells["seed"])}))
-    return rows

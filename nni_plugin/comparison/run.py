@@ -1,8 +1,8 @@
 """All cells of a comparison, in processes side by side, then the table, the figures and the report.
 
 State is kept in the store: a comparison that was interrupted goes on, and one that is finished takes further methods,
-targets and seeds. Under `torchrun`, or called on several machines with one folder, each process works on cells of its
-own; the first of them keeps the store and writes the results.
+targets and seeds. Under `torchrun`, on one machine or on several that share the folder, each process works on cells of
+its own; the first of them keeps the store and writes the results.
 """
 
 from __future__ import annotations
@@ -51,8 +51,8 @@ def run_comparison(
         say: Takes what a person should read, as it happens.
 
     Returns:
-        A row for every cell of this comparison that is done; none in a process of `torchrun` but the first. Cells
-        that a method refused, or that failed, are named in a warning and in the report.
+        A row for every cell in the folder that is done, of earlier runs too; none in a process of `torchrun` but the
+        first. Cells that a method refused, or that failed, are named in a warning and in the report.
 
     Raises:
         OutputError: The folder holds a comparison and `resume` is not given, or one with other settings.

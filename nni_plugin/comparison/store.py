@@ -9,6 +9,7 @@ is tried again by the next run.
 from __future__ import annotations
 
 import traceback
+import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -185,8 +186,6 @@ def _outcome(trial: FrozenTrial) -> Outcome | None:
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Keep Optuna from telling of trials, and of features that it calls experimental."""
-    import warnings
-
     before = optuna.logging.get_verbosity()
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     try:

@@ -9,7 +9,7 @@ from scipy import stats
 
 from nni_plugin.comparison.analysis import Mean, best_built_in, differences, front, interval, losses, points
 from nni_plugin.comparison.report import lead
-from nni_plugin.comparison.results import Row, from_csv, to_csv
+from nni_plugin.comparison.results import Row, to_csv
 
 
 def row(method: str, seed: int, top1: float, target: str = "macs=0.5") -> Row:
@@ -115,10 +115,9 @@ def test_the_front_holds_what_nothing_beats(of: list[tuple[float, float]]) -> No
     assert [of[k][0] for k in kept] == sorted(of[k][0] for k in kept)
 
 
-def test_rows_survive_their_file() -> None:
-    assert from_csv(to_csv([*OURS, *L1])) == [*OURS, *L1]
-    header = to_csv([]).strip()
-    assert header == (
+def test_the_table_has_its_columns_in_their_order() -> None:
+    assert to_csv([OURS[0]]).splitlines() == [
         "model,dataset,method,seed,target,macs_ratio,params_ratio,latency_ratio,top1_baseline,top1_before_finetune,"
-        "top1,seconds"
-    )
+        "top1,seconds",
+        "net,data,obs,0,macs=0.5,0.5000,0.4000,0.8000,90.00,50.00,89.00,3.0",
+    ]

@@ -1,5 +1,6 @@
 """A comparison from end to end: the grid is complete and fair, interrupted or not, in one process or in two."""
 
+import csv
 import dataclasses
 import json
 import re
@@ -16,7 +17,7 @@ from nni_plugin.budgets import Channels, Latency, MACs, Params
 from nni_plugin.comparison import latency_target
 from nni_plugin.comparison import run as running
 from nni_plugin.comparison.job import CELLS, Cell, ComparisonJob
-from nni_plugin.comparison.results import Row, from_csv
+from nni_plugin.comparison.results import Row
 from nni_plugin.comparison.run import finished_rows, run_comparison
 from nni_plugin.errors import (
     BudgetError,
@@ -59,9 +60,10 @@ def test_every_cell_starts_from_its_seeds_dense_network_and_meets_its_target(com
     }
     state = {"comparison.sqlite", "settings.json", ".lock", "dense", "cells"}
     assert files == {"results.csv", "report.html", "comparison.json", *state, *plots}
-    read = from_csv((wanted.output / "results.csv").read_text())
-    assert [(r.method, r.target, r.seed) for r in read] == [(r.method, r.target, r.seed) for r in rows]
-    assert [r.top1 for r in read] == pytest.approx([r.top1 for r in rows], abs=0.005)
+    with (wanted.output / "results.csv").open(newline="") as file:
+        read = list(csv.DictReader(file))
+    assert [(r["method"], r["target"], int(r["seed"])) for r in read] == [(r.method, r.target, r.seed) for r in rows]
+    assert [float(r["top1"]) for r in read] == pytest.approx([r.top1 for r in rows], abs=0.005)
 
     page = (wanted.output / "report.html").read_text()
     assert not re.search(r'(src|href)="?(https?:)?//', page)
@@ -152,6 +154,13 @@ def test_what_a_method_refuses_is_told_and_the_others_go_on(comparison: Make) ->
     told = json.loads((wanted.output / "comparison.json").read_text())["not_done"]
     assert set(told) == {"magnitude-macs=0.0001-seed0", "tp_magnitude-macs=0.0001-seed0"}
     assert "Not done" in (wanted.output / "report.html").read_text()
+
+
+def test_whole_layers_are_compared_too(comparison: Make) -> None:
+    wanted = comparison(methods=("imprinting",), budgets=(MACs(0.9),), seeds=(0,))
+    enough = dataclasses.replace(wanted.template, score_batches=3, score_steps=None)  # some are held out
+    [row] = run_comparison(dataclasses.replace(wanted, template=enough), say=silent)
+    assert row.macs_ratio <= 0.9
 
 
 def test_nothing_done_is_an_error(comparison: Make) -> None:
