@@ -105,7 +105,7 @@ def test_an_interrupt_stops_the_server(drive, late):
     if late:
         assert process.stdout.readline().startswith("[")
     else:
-        while not any("nni_node" in " ".join(p.cmdline()) for p in private_network.processes_of(home)):
+        while not any("nni_node" in line for line in private_network.command_lines(home)):
             assert process.poll() is None
     process.send_signal(signal.SIGINT)
     _, err = _finish(process)

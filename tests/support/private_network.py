@@ -5,6 +5,7 @@ import os
 import shlex
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -40,6 +41,15 @@ def processes_of(home: Path) -> list[psutil.Process]:
         except psutil.Error:  # another user's, or gone
             continue
     return found
+
+
+def command_lines(home: Path) -> list[str]:
+    """The commands of those processes; of one that ends meanwhile, nothing."""
+    lines = []
+    for process in processes_of(home):
+        with suppress(psutil.NoSuchProcess):  # a zombie is one, to psutil
+            lines.append(shlex.join(process.cmdline()))
+    return lines
 
 
 def _inside(command: list[str]) -> list[str]:
