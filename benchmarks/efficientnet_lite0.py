@@ -121,7 +121,7 @@ def run(
 
 
 def render(result: Mapping[str, Any]) -> str:
-    """Return the page: the transfer, a row for every target and method, and where ours are behind."""
+    """Return the page: the transfer, a row for every target and method, and where ours are not known to be ahead."""
     asked, rows = result["settings"], [Row(**cells) for cells in result["rows"]]
     dense = Mean.of({row.seed: row.top1_baseline for row in rows}.values())
     seeds = ", ".join(str(seed) for seed in sorted({row.seed for row in rows}))
@@ -150,7 +150,7 @@ def render(result: Mapping[str, Any]) -> str:
         text.append(f"| {' | '.join([*cells, f'{point.seconds.mean:.1f}'])} |")
     text += [
         "",
-        "Where ours are behind:",
+        "Where ours are behind, or not known to be ahead:",
         "",
         *(f"- {said}" for said in losses(rows) or ["nowhere in this table."]),
     ]

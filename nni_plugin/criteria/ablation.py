@@ -28,8 +28,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nni_plugin.criteria.masked_loop import RandomState, without
+from nni_plugin.criteria.masked_loop import without
 from nni_plugin.criteria.replay import Replay, leaves, tolerance
+from nni_plugin.criteria.rerun import RandomState
 from nni_plugin.criteria.suffix_runs import Suffixes
 from nni_plugin.criteria.suffixes import Suffix
 from nni_plugin.criteria.traced import CannotReplayError, bound_inputs

@@ -10,7 +10,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
@@ -60,28 +59,6 @@ def _zeroing(member: Member, channel: int, reached: set[str]) -> Any:
         return ((x, *args[1:]), kwargs) if args else ((), {**kwargs, "input": x})
 
     return hook
-
-
-class RandomState:
-    """The random state of the CPU and of a network's device, to run several passes on the same numbers."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self.state = self._now()
-
-    def changed(self) -> bool:
-        """Tell whether numbers have been drawn since."""
-        return any(not torch.equal(a, b) for a, b in zip(self.state, self._now(), strict=True))
-
-    def restore(self) -> None:
-        """Go back to this state."""
-        torch.set_rng_state(self.state[0])
-        if len(self.state) > 1:
-            torch.cuda.set_rng_state(self.state[1], self.device)
-
-    def _now(self) -> list[Tensor]:
-        cuda = [torch.cuda.get_rng_state(self.device)] if self.device.type == "cuda" else []
-        return [torch.get_rng_state(), *cuda]
 
 
 def all_channels(groups: Sequence[ChannelGroup]) -> Iterator[tuple[ChannelGroup, int]]:

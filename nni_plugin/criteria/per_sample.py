@@ -4,7 +4,7 @@
 `n`: the layer's output times the gradient that backward brings to it. No gate is added to the graph, and for a batch
 normalisation nothing is kept alive that backward does not keep anyway, since its output is an affine function of its
 input: `sum a g = gamma / sigma (sum x g - mu sum g) + beta sum g`. Other activations that the network overwrites in
-place are handed on as copies; which these are shows on the first pass.
+place are handed on as copies; which these are shows on the first forward pass, which is then run once more.
 
 Where samples meet, in the statistics of a batch normalisation in train mode, `dE_n/dz` is the gradient of `N E` with
 respect to a gate on sample `n` alone.
@@ -27,6 +27,7 @@ from torch.utils.hooks import RemovableHandle
 
 from nni_plugin.cost import tensors_in
 from nni_plugin.criteria.gates import accumulable
+from nni_plugin.criteria.rerun import Rerun
 from nni_plugin.errors import CriterionError
 from nni_plugin.groups import Member
 from nni_plugin.tensors import NORMS
@@ -62,11 +63,15 @@ class PerSampleGates:
         self._terms: list[Tensor | None] = [None] * len(self.members)
         # What the next layer overwrites must be copied; where that happens shows on the first pass.
         self._overwritten: list[bool | None] = [None] * len(self.members)
+        self._rerun: Rerun | None = None
+        self._tried = False
+        self._watched: list[tuple[int, Tensor, int]] = []
 
     def __enter__(self) -> PerSampleGates:
         """Put the hooks on."""
         with ExitStack() as stack:
             stack.callback(self.model.register_forward_pre_hook(self._begin(), with_kwargs=True).remove)
+            stack.callback(self.model.register_forward_hook(self._end(), with_kwargs=True).remove)
             for i, member in enumerate(self.members):
                 for handle in self._watch(i, member, self.model.get_submodule(member.path)):
                     stack.callback(handle.remove)
@@ -106,13 +111,34 @@ class PerSampleGates:
 
     def _begin(self) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            if module is not self.model or not torch.is_grad_enabled():
+            if module is not self.model:
+                return
+            self._rerun = None
+            if not torch.is_grad_enabled():
                 return
             first = next((tensor for tensor in tensors_in([args, kwargs]) if tensor.dim() > 0), None)
             if first is None:
                 raise CriterionError("Gradients per sample need a tensor input whose rows are the samples.")
             self._samples = first.shape[0]
             self._terms = [None] * len(self.members)
+            self._watched = []
+            if not self._tried:
+                self._rerun = Rerun(module)
+
+        return hook
+
+    def _end(self) -> Callable[..., Any]:
+        """After the first forward pass it is known what is overwritten: if anything is, run it again on copies."""
+
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+            rerun, self._rerun = self._rerun, None
+            if module is not self.model or rerun is None:
+                return None
+            self._tried = True
+            for i, watched, version in self._watched:
+                self._overwritten[i] = bool(self._overwritten[i]) or watched._version != version
+            self._watched = []
+            return rerun.run(args, kwargs, output) if any(self._overwritten) else None
 
         return hook
 
@@ -162,6 +188,8 @@ class PerSampleGates:
 
     def _copies(self, i: int) -> bool:
         """Tell whether what may be overwritten must be handed on as a copy."""
+        if self._rerun is not None:
+            return False  # the first forward pass is the trial of it
         return self._overwritten[i] is not False
 
     def _observe_and_hand_on(self, i: int, layer: nn.Module, a: Tensor) -> Tensor:
@@ -197,6 +225,8 @@ class PerSampleGates:
         copied = value is None and self._copies(i)
         kept, watched = (a if value is None else value).detach(), watched.detach()
         version = watched._version
+        if self._rerun is not None and value is None:
+            self._watched.append((i, watched, version))
 
         def on_gradient(g: Tensor) -> None:
             overwritten = watched._version != version

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.fx.node import map_aggregate
 
-from nni_plugin.criteria.masked_loop import RandomState
+from nni_plugin.criteria.rerun import RandomState
 from nni_plugin.criteria.traced import CannotReplayError, TracedNetwork, is_marked, last_uses
 
 _SIZE_METHODS = ("size", "dim", "numel", "ndimension")

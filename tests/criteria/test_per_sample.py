@@ -430,7 +430,7 @@ def test_nothing_keeps_activations_alive() -> None:
         watcher.take()
         model(batch[0])  # without a backward pass
         gc.collect()
-        assert [ref() for ref in seen] == [None, None]
+        assert [ref() for ref in seen] == [None] * 3  # the first pass twice, for what it overwrites
 
 
 def test_a_copy_neither_breaks_nor_feeds_the_terms() -> None:
@@ -483,6 +483,64 @@ def test_inputs_in_containers() -> None:
         (term,) = watcher.take()
     (expected,) = terms_of(model.net, [member_of(model.net, "1", "out", 6)], (x, y))
     assert torch.equal(term, expected)
+
+
+@pytest.mark.parametrize("inplace", [True, False])
+def test_what_is_overwritten_shows_on_the_first_pass(inplace: bool) -> None:
+    """It is run once more then, as if for the first time: the same dropout, statistics counted once, one gradient."""
+    layers = [nn.Conv2d(3, 6, 3), nn.ReLU(inplace=inplace), nn.BatchNorm2d(6), nn.Dropout(0.5), nn.Conv2d(6, 5, 3)]
+    model = randomise(nn.Sequential(*layers, nn.SiLU(), *head(5))).train()
+    twin, batch = copy.deepcopy(model), batches(1)[0]
+    members = [member_of(model, "0", "out", 6), member_of(model, "4", "out", 5)]
+    calls: list[int] = []
+    model[5].register_forward_hook(lambda *_: calls.append(1))
+    torch.manual_seed(0)
+    loss_of(twin, batch).backward()
+    drawn = torch.get_rng_state()
+    torch.manual_seed(0)
+    with PerSampleGates(model, members) as watcher:
+        loss_of(model, batch).backward()
+        terms = watcher.take()
+        assert len(calls) == (2 if inplace else 1)
+        assert torch.equal(torch.get_rng_state(), drawn)
+        for (name, tensor), other in zip(model.state_dict().items(), twin.state_dict().values(), strict=True):
+            assert torch.equal(tensor, other), name
+        for parameter, other in zip(model.parameters(), twin.parameters(), strict=True):
+            assert torch.equal(parameter.grad, other.grad)
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            loss_of(model, batch).backward()
+        assert len(calls) == (3 if inplace else 2)  # once for all
+        for term, later in zip(terms, watcher.take(), strict=True):
+            torch.testing.assert_close(term, later, rtol=1e-12, atol=0)
+
+
+def test_only_what_is_overwritten_is_copied() -> None:
+    layers = [nn.Conv2d(3, 6, 3), nn.ReLU(inplace=True), nn.Conv2d(6, 5, 3), nn.SiLU()]
+    model, batch = randomise(nn.Sequential(*layers, *head(5))), batches(1)[0]
+    made: dict[int, Tensor] = {}
+    read: dict[int, Tensor] = {}
+    with PerSampleGates(model, [member_of(model, "0", "out", 6), member_of(model, "2", "out", 5)]):
+        for i in (0, 2):
+            # Hooks of the convolutions come after ours, so what they see is what is handed on.
+            model[i].register_forward_hook(lambda _, __, output, i=i: made.update({i: output}), prepend=True)
+            model[i + 1].register_forward_pre_hook(lambda _, args, i=i: read.update({i: args[0]}))
+        loss_of(model, batch).backward()
+    assert read[2] is made[2]
+    assert read[0] is not made[0]
+
+
+def test_a_pass_that_fails_is_no_trial() -> None:
+    """What the hooks have seen in it counts for nothing, and the next first pass is one again."""
+    model, batch = plain(), batches(1)[0]
+    (expected, *_) = terms_of(model, members_of_plain(model), batch)
+    with PerSampleGates(model, members_of_plain(model)) as watcher:
+        with pytest.raises(RuntimeError):
+            model(batch[0][:, :2])
+        with torch.no_grad():
+            model(batch[0])
+        loss_of(model, batch).backward()
+        assert torch.equal(watcher.take()[0], expected)
 
 
 def test_what_is_overwritten_only_later_is_an_error_once() -> None:
