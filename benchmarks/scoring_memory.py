@@ -3,9 +3,8 @@
 Every measurement has a process of its own, since a peak never falls again. It builds the network, finds its groups,
 takes the resident memory (`VmRSS`) as the baseline, runs the minibatches, and takes `ru_maxrss`, the highest resident
 memory of the process so far; the difference is what the passes took: activations, gradients, what scoring keeps, and
-working memory. The floor is the same process without a criterion. The first minibatch of the criteria on single
-samples copies activations that are no batch normalisation's, to see which are overwritten; it counts, and where there
-are many of them (vision transformers) it is the peak. Linux only.
+working memory. The floor is the same process without a criterion. The first minibatch, which tells the criteria on
+single samples what is overwritten in place, counts. Linux only.
 """
 
 from __future__ import annotations

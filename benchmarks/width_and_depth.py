@@ -25,7 +25,6 @@ from nni_plugin.budgets import Latency
 from nni_plugin.compensation import reestimate_batchnorm
 from nni_plugin.cost import count
 from nni_plugin.criteria.ablation import cross_entropy
-from nni_plugin.joint_planner import plan_jointly
 from nni_plugin.latency import measure_pair
 from nni_plugin.layer_planner import plan_layers
 from nni_plugin.layers.methods import LAYER_METHODS, create_layer_importance
@@ -34,6 +33,7 @@ from nni_plugin.plan import PruningPlan
 from nni_plugin.planner import plan_channels
 from nni_plugin.reconstruction import reconstruct
 from nni_plugin.schedules import Gradual, OneShot
+from nni_plugin.width_and_depth import plan_jointly
 
 METHODS = ("obs-joint", "obs", "taylor-fo", "imprinting", "layer-taylor-fo", "block-gate")
 KINDS = {"obs-joint": "both", "obs": "channels", "taylor-fo": "channels"}

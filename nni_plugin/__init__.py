@@ -7,13 +7,13 @@ from nni_plugin.checkpoint import from_pretrained, save_pretrained
 from nni_plugin.compensation import anchor_batchnorm, reestimate_batchnorm
 from nni_plugin.cost import Cost, count
 from nni_plugin.errors import NNIPluginError
-from nni_plugin.joint_planner import plan_jointly
 from nni_plugin.layer_planner import plan_layers
 from nni_plugin.performance import plan_performance
 from nni_plugin.plan import GroupPlan, ModelIdentity, PruningPlan
 from nni_plugin.planner import plan_channels
 from nni_plugin.reconstruction import reconstruct
 from nni_plugin.schedules import Continuous, Gradual, Iterative, OneShot
+from nni_plugin.width_and_depth import plan_jointly
 
 __all__ = [
     "ChannelPruner",

@@ -19,7 +19,6 @@ from nni_plugin.channel_pruner import ChannelPruner
 from nni_plugin.criteria.ablation import cross_entropy
 from nni_plugin.errors import BudgetError, CriterionError, ScheduleError, SearchError
 from nni_plugin.job import Job
-from nni_plugin.joint_planner import check_jointly, plan_jointly
 from nni_plugin.layer_planner import check_reachable, plan_layers
 from nni_plugin.layers import LayerImportance
 from nni_plugin.layers.methods import LAYER_METHODS, create_layer_importance
@@ -28,6 +27,7 @@ from nni_plugin.plan import PruningPlan
 from nni_plugin.planner import run_without_training, unchanged
 from nni_plugin.schedules import Gradual, OneShot
 from nni_plugin.search_plans import SEARCHES, GateSearch, check_search, plan_by_search
+from nni_plugin.width_and_depth import check_jointly, plan_jointly
 
 _OF_CHANNELS = ("round_to", "min_channels", "select", "cost_aware", "divide_by_blocks", "stages", "isomorphic", "parts")
 _OF_SEARCHES = ("search_steps", "search_kwargs")

@@ -46,7 +46,7 @@ FLOORS = (
     frozenset({"adapters"}),
     frozenset({"channel_pruner", "methods"}),
     frozenset(
-        {"planner", "layer_planner", "held_out", "checkpoint", "reconstruction", "marginal_cost", "joint_planner"}
+        {"planner", "layer_planner", "held_out", "checkpoint", "reconstruction", "marginal_cost", "width_and_depth"}
     ),
     frozenset({"performance"}),
     frozenset(
