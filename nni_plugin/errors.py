@@ -4,6 +4,8 @@ Every error says what was expected, what was got and what to do. Unless its text
 model that was passed in is unchanged when one of these is raised.
 """
 
+from __future__ import annotations
+
 
 class NNIPluginError(Exception):
     """Base class of every error that this package raises on purpose."""
@@ -43,6 +45,10 @@ class DataError(NNIPluginError):
 
 class TrainingError(NNIPluginError):
     """Training cannot go on: a loss that is not finite, an unknown optimizer, a damaged checkpoint."""
+
+    def of_pretraining(self) -> TrainingError:
+        """Return the same error of the dense network's training, whose flag for the learning rate is another."""
+        return TrainingError(str(self).replace("--lr", "--pretrain-lr"))
 
 
 class CheckpointError(NNIPluginError):

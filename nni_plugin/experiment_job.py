@@ -24,10 +24,11 @@ from safetensors.torch import save_file
 
 from nni_plugin.adapters.data import create_loaders
 from nni_plugin.adapters.experiment import CANCELED, Request, Running, Trial, command_line, runs_here, started
-from nni_plugin.adapters.training import evaluate, fit
+from nni_plugin.adapters.training import evaluate
 from nni_plugin.errors import ExperimentError
 from nni_plugin.job import Job, network_of
 from nni_plugin.job_plans import check_job, method_of
+from nni_plugin.job_steps import pretrain
 from nni_plugin.machine import usable_device
 from nni_plugin.search_space import with_parameters
 from nni_plugin.workspace import workspace
@@ -175,7 +176,7 @@ def _prepare(job: Job, path: Path, say: Callable[[str], None]) -> Path | None:
     model, examples = network_of(job, splits, device)
     check_job(job, method_of(job), model, examples)
     if job.pretrain.epochs:
-        fit(model, splits, job.pretrain, device=device, phase="pretrain")
+        pretrain(model, splits, job.pretrain, device)
         save_file({name: tensor.contiguous() for name, tensor in model.state_dict().items()}, path)
     say(f"dense: top-1 {evaluate(model, splits.test, device)['top1']:.2f} %, the start of every trial")
     return path if job.pretrain.epochs else None

@@ -1,19 +1,21 @@
-"""Steps that jobs share: the minibatches that a method sees, and what is measured of a network and its pruned form."""
+"""Steps that jobs share: training the dense network, minibatches for a method, what is measured before and after."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from nni_plugin.adapters.data import DataSplits
-from nni_plugin.adapters.training import evaluate
+from nni_plugin.adapters.training import TrainingConfig, evaluate, fit
 from nni_plugin.checkpoint.tensors import is_channels_last
 from nni_plugin.cost import count
+from nni_plugin.errors import TrainingError
 from nni_plugin.latency import measure_pair
 
 
@@ -37,6 +39,34 @@ class FirstBatches:
         """Go through them, from the first."""
         for images, labels in islice(self.loader, self.batches):
             yield images.to(self.device), labels.to(self.device)
+
+
+def pretrain(
+    model: nn.Module,
+    splits: DataSplits,
+    config: TrainingConfig,
+    device: torch.device,
+    state: Path | None = None,
+    *,
+    resume: bool = False,
+) -> list[dict[str, float]]:
+    """Train the dense network; returns a record an epoch.
+
+    Args:
+        model: Trained in place.
+        splits: Its data.
+        config: Its training; no epochs leave it as it is.
+        device: Where.
+        state: Folder of checkpoints; None for none.
+        resume: Go on from the one there.
+
+    Raises:
+        TrainingError: The loss is not finite; the text names the flags of pretraining.
+    """
+    try:
+        return fit(model, splits, config, checkpoint_dir=state, resume=resume, device=device, phase="pretrain")
+    except TrainingError as error:
+        raise error.of_pretraining() from error
 
 
 def before_and_after(

@@ -20,17 +20,17 @@ from torch import nn
 
 from nni_plugin.adapters.data import DataSplits, create_loaders
 from nni_plugin.adapters.torch_pruning import Parity, apply_plan, verify
-from nni_plugin.adapters.training import Callback, TrainingConfig, TrainingState, evaluate, fit
+from nni_plugin.adapters.training import Callback, TrainingState, evaluate, fit
 from nni_plugin.budgets import Budget, Channels, Latency, Layers, MACs
 from nni_plugin.channel_pruner import ChannelPruner
 from nni_plugin.checkpoint import save_pretrained
 from nni_plugin.compensation import anchor_batchnorm, reestimate_batchnorm
 from nni_plugin.cost import count
 from nni_plugin.criteria.ablation import cross_entropy
-from nni_plugin.errors import OutputError, PlanError, SurgeryError, TrainingError
+from nni_plugin.errors import OutputError, PlanError, SurgeryError
 from nni_plugin.job import Job, network_of, schedule_of
 from nni_plugin.job_plans import Planned, check_job, make_plan, method_of, pruner_of
-from nni_plugin.job_steps import FirstBatches, before_and_after
+from nni_plugin.job_steps import FirstBatches, before_and_after, pretrain
 from nni_plugin.machine import describe_machine, usable_device
 from nni_plugin.plan import PruningPlan
 from nni_plugin.planner import run_without_training
@@ -113,7 +113,9 @@ class _Run:
 
     def run(self, command: str) -> Result:
         """Do the job and write its results."""
-        history = self._fit(self.job.pretrain, "pretrain")
+        history = pretrain(
+            self.model, self.splits, self.job.pretrain, self.device, self.places.state, resume=self.resume
+        )
         self.dense = dense = copy.deepcopy(self.model)
         baseline = self._top1()
         self.say(f"dense: top-1 {baseline:.2f} %, {count(self.model, self.examples)}")
@@ -163,7 +165,7 @@ class _Run:
         if getattr(self.method, "is_ranking", False) if self.job.reconstruct is None else self.job.reconstruct:
             seconds["reconstruct"] = self._reconstruct()
         after_cut = self._top1()
-        history = self._fit(self.job.finetune, "finetune", self.callbacks)
+        history = self._finetune(self.callbacks)
         seconds["finetune"] = sum(row["seconds"] for row in history)
         return _Pruned(plan, parity, after_cut, seconds, history)
 
@@ -195,7 +197,7 @@ class _Run:
         pruner.schedule = schedule_of(self.job, self._steps(), pruner.dense.channels)
         watch = _Watch(pruner, self.splits.test)
         with pruner:
-            history = self._fit(self.job.finetune, "finetune", (pruner, watch, *self.callbacks))
+            history = self._finetune((pruner, watch, *self.callbacks))
         if not pruner.done:
             warnings.warn(
                 f"{pruner.schedule} was not over after {self.job.finetune.epochs} epochs: the rest goes at once. "
@@ -224,22 +226,17 @@ class _Run:
     def _pruner(self) -> ChannelPruner:
         return pruner_of(self.job, self.model, self.examples, self.method, "end")
 
-    def _fit(self, config: TrainingConfig, phase: str, callbacks: tuple[Any, ...] = ()) -> list[dict[str, float]]:
-        try:
-            return fit(
-                self.model,
-                self.splits,
-                config,
-                callbacks=callbacks,
-                checkpoint_dir=self.places.state,
-                resume=self.resume,
-                device=self.device,
-                phase=phase,
-            )
-        except TrainingError as error:
-            if phase == "pretrain":
-                raise TrainingError(str(error).replace("--lr", "--pretrain-lr")) from error
-            raise
+    def _finetune(self, callbacks: tuple[Any, ...]) -> list[dict[str, float]]:
+        return fit(
+            self.model,
+            self.splits,
+            self.job.finetune,
+            callbacks=callbacks,
+            checkpoint_dir=self.places.state,
+            resume=self.resume,
+            device=self.device,
+            phase="finetune",
+        )
 
     def _top1(self) -> float:
         return evaluate(self.model, self.splits.test, self.device)["top1"]

@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from nni_plugin.adapters.data import create_loaders
-from nni_plugin.adapters.training import TrainingConfig, evaluate, fit
+from nni_plugin.adapters.training import TrainingConfig, evaluate
 from nni_plugin.adapters.training.checkpoint import read_checkpoint, write_checkpoint
 from nni_plugin.adapters.training.evaluate import show_progress
 from nni_plugin.block_study.results import agreements, rows_of, write_results
@@ -29,8 +29,9 @@ from nni_plugin.block_study.without import Absence, Absences, costs_saved
 from nni_plugin.correlation_study.data import FirstImages
 from nni_plugin.cost import count
 from nni_plugin.criteria.ablation import cross_entropy
-from nni_plugin.errors import CriterionError, DataError, TrainingError
+from nni_plugin.errors import CriterionError, DataError
 from nni_plugin.job import network_of
+from nni_plugin.job_steps import pretrain
 from nni_plugin.layers import LayerImportance
 from nni_plugin.layers.blocks import find_blocks
 from nni_plugin.layers.candidates import Candidates, candidate_blocks
@@ -155,7 +156,7 @@ class _Run:
     def run(self, command: str) -> dict[str, Any]:
         """Do the job and write its results."""
         job = self.job
-        self._pretrain()
+        pretrain(self.model, self.splits, job.pretrain, self.device, self.places.state, resume=self.resume)
         self.model.eval()
         top1 = evaluate(self.model, self.splits.test, self.device)["top1"]
         self.say(f"{job.model}: top-1 {top1:.2f} %, {len(self.blocks)} blocks that can be removed")
@@ -201,20 +202,6 @@ class _Run:
         return record
 
     # -- steps --------------------------------------------------------------------------------------------
-
-    def _pretrain(self) -> None:
-        try:
-            fit(
-                self.model,
-                self.splits,
-                self.job.pretrain,
-                checkpoint_dir=self.places.state,
-                resume=self.resume,
-                device=self.device,
-                phase="pretrain",
-            )
-        except TrainingError as error:
-            raise TrainingError(str(error).replace("--lr", "--pretrain-lr")) from error
 
     def _minibatches(self, number: int | None) -> FirstImages:
         """Return the first minibatches to score on, all for None."""

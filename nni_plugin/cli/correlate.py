@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import math
-from dataclasses import fields
-from importlib.util import find_spec
 from typing import Any
 
 import jsonargparse
 
-from nni_plugin.cli.arguments import above, add_common, add_data, add_model, data_kwargs, names, number
-from nni_plugin.errors import TrainingError
+from nni_plugin.cli.arguments import above, add_common, add_data, add_model, data_kwargs, names
+from nni_plugin.cli.study import add_pretraining, check_installed, fields_of, pretraining, study
 
 DESCRIPTION = "Compare criteria with the Oracle: the rank correlation of their scores with the true change of the loss."
 
@@ -32,14 +30,7 @@ def add_arguments(parser: jsonargparse.ArgumentParser) -> None:
     )
     add("--channels-per-group", type=above(1), help="judge at most so many channels of each group, drawn (all)")
     add("--ignore", type=names, default=(), help="layers to leave whole, by name, separated by commas")
-    add("--pretrain-epochs", type=above(0), default=0, help="epochs to train the network first")
-    add("--pretrain-lr", type=number, default=0.1, help="learning rate of that")
-    add("--opt", type=str, default="sgd", help="optimizer of timm")
-    add("--momentum", type=number, default=0.9, help="momentum of the optimizer")
-    add("--weight-decay", type=number, default=5e-4, help="weight decay")
-    add("--sched", type=str, default="cosine", help="learning-rate schedule of timm")
-    add("--checkpoint-every", type=above(1), help="minibatches of training between checkpoints (every epoch)")
-    add("--resume", action="store_true", help="go on with the run that was interrupted in --output")
+    add_pretraining(parser)
     add_common(parser, output_required=True)
 
 
@@ -49,43 +40,25 @@ def run(arguments: Any, command: str) -> None:
     Raises:
         NNIPluginError: Anything the user can mend.
     """
-    missing = [name for name in ("accelerate", "torchmetrics", "sklearn", "matplotlib") if find_spec(name) is None]
-    if missing:
-        raise TrainingError(
-            f'{", ".join(missing)} not installed; correlate needs pip install "nni-plugin[train,plots]"'
-        )
+    check_installed("correlate")
     # Accelerate and the training stack load only when they are needed.
     from rich.console import Console
 
     from nni_plugin.correlation_study.job import run_correlations
-    from nni_plugin.workspace import STATE
 
     console = Console(highlight=False)
-    finished = (arguments.output / "correlations.json").is_file() and not (arguments.output / STATE).exists()
-    if arguments.resume and finished:
-        console.print(f"{arguments.output} holds a finished run: there is nothing to resume.", markup=False)
+    record = study(arguments, command, "correlations.json", run_correlations, _job(arguments), console)
+    if record is None:
         return
-    record = run_correlations(
-        _job(arguments),
-        resume=arguments.resume,
-        command=command,
-        say=lambda text: console.print(text, markup=False, soft_wrap=True),
-    )
     console.print(_table(record))
     console.print(f"{arguments.output}/correlations.png shows the ranks", markup=False, soft_wrap=True)
 
 
 def _job(arguments: Any) -> Any:
-    from nni_plugin.adapters.training import TrainingConfig
     from nni_plugin.correlation_study.job import CorrelationJob
 
-    shared = {field.name: arguments[field.name] for field in fields(TrainingConfig) if field.name in arguments}
-    try:
-        pretrain = TrainingConfig(**{**shared, "epochs": arguments.pretrain_epochs, "lr": arguments.pretrain_lr})
-    except TrainingError as error:
-        raise TrainingError(str(error).replace("--lr", "--pretrain-lr")) from error
-    direct = {field.name: arguments[field.name] for field in fields(CorrelationJob) if field.name in arguments}
-    return CorrelationJob(**{**direct, "data_kwargs": data_kwargs(arguments), "pretrain": pretrain})
+    asked = {"data_kwargs": data_kwargs(arguments), "pretrain": pretraining(arguments)}
+    return CorrelationJob(**{**fields_of(CorrelationJob, arguments), **asked})
 
 
 def _table(record: dict[str, Any]) -> Any:

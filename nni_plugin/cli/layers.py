@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
-from importlib.util import find_spec
 from typing import Any
 
 import jsonargparse
 
 from nni_plugin.cli.arguments import above, add_common, add_data, add_model, data_kwargs, integers, names, number
-from nni_plugin.errors import TrainingError
+from nni_plugin.cli.study import add_pretraining, check_installed, fields_of, pretraining, study
 
 DESCRIPTION = "Measure every block that can be removed whole: latency, cost, importance by criterion, loss without it."
 
@@ -37,14 +35,7 @@ def add_arguments(parser: jsonargparse.ArgumentParser) -> None:
     )
     add("--removal-images", type=above(0), default=1000, help="of these, images for the loss without each block")
     add("--latency-batch-sizes", type=integers, default=(1, 64), help="batch sizes to measure the latency at")
-    add("--pretrain-epochs", type=above(0), default=0, help="epochs to train the network first")
-    add("--pretrain-lr", type=number, default=0.1, help="learning rate of that")
-    add("--opt", type=str, default="sgd", help="optimizer of timm")
-    add("--momentum", type=number, default=0.9, help="momentum of the optimizer")
-    add("--weight-decay", type=number, default=5e-4, help="weight decay")
-    add("--sched", type=str, default="cosine", help="learning-rate schedule of timm")
-    add("--checkpoint-every", type=above(1), help="minibatches of training between checkpoints (every epoch)")
-    add("--resume", action="store_true", help="go on with the run that was interrupted in --output")
+    add_pretraining(parser)
     add_common(parser, output_required=True)
 
 
@@ -54,26 +45,16 @@ def run(arguments: Any, command: str) -> None:
     Raises:
         NNIPluginError: Anything the user can mend.
     """
-    missing = [name for name in ("accelerate", "torchmetrics", "sklearn", "matplotlib") if find_spec(name) is None]
-    if missing:
-        raise TrainingError(f'{", ".join(missing)} not installed; layers needs pip install "nni-plugin[train,plots]"')
+    check_installed("layers")
     # Accelerate and the training stack load only when they are needed.
     from rich.console import Console
 
     from nni_plugin.block_study.job import run_layers
-    from nni_plugin.workspace import STATE
 
     console = Console(highlight=False)
-    finished = (arguments.output / "layers.json").is_file() and not (arguments.output / STATE).exists()
-    if arguments.resume and finished:
-        console.print(f"{arguments.output} holds a finished run: there is nothing to resume.", markup=False)
+    record = study(arguments, command, "layers.json", run_layers, _job(arguments), console)
+    if record is None:
         return
-    record = run_layers(
-        _job(arguments),
-        resume=arguments.resume,
-        command=command,
-        say=lambda text: console.print(text, markup=False, soft_wrap=True),
-    )
     console.print(_blocks(record))
     console.print(_criteria(record))
     where = f"{arguments.output}/importance.png and latency.png show the bars, layers.csv holds the numbers"
@@ -81,17 +62,11 @@ def run(arguments: Any, command: str) -> None:
 
 
 def _job(arguments: Any) -> Any:
-    from nni_plugin.adapters.training import TrainingConfig
     from nni_plugin.block_study.job import CRITERIA, LayersJob
 
-    shared = {field.name: arguments[field.name] for field in fields(TrainingConfig) if field.name in arguments}
-    try:
-        pretrain = TrainingConfig(**{**shared, "epochs": arguments.pretrain_epochs, "lr": arguments.pretrain_lr})
-    except TrainingError as error:
-        raise TrainingError(str(error).replace("--lr", "--pretrain-lr")) from error
-    direct = {field.name: arguments[field.name] for field in fields(LayersJob) if field.name in arguments}
     criteria = CRITERIA if arguments.criteria is None else tuple(dict.fromkeys(arguments.criteria))
-    return LayersJob(**{**direct, "criteria": criteria, "data_kwargs": data_kwargs(arguments), "pretrain": pretrain})
+    asked = {"criteria": criteria, "data_kwargs": data_kwargs(arguments), "pretrain": pretraining(arguments)}
+    return LayersJob(**{**fields_of(LayersJob, arguments), **asked})
 
 
 def _blocks(record: dict[str, Any]) -> Any:

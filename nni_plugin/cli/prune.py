@@ -211,7 +211,7 @@ def job_of(arguments: Any, budget: Budget | None = None) -> Any:
         pretrain = TrainingConfig(**{**shared, **first})
     except TrainingError as error:
         # All that the two share has been accepted above.
-        raise TrainingError(str(error).replace("--lr", "--pretrain-lr")) from error
+        raise error.of_pretraining() from error
     direct = {field.name: arguments[field.name] for field in fields(Job) if field.name in arguments}
     return Job(
         **{

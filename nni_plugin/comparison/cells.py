@@ -30,7 +30,7 @@ from nni_plugin.compensation import reestimate_batchnorm
 from nni_plugin.criteria.ablation import cross_entropy
 from nni_plugin.job import Job, network_of
 from nni_plugin.job_plans import check_job, method_of
-from nni_plugin.job_steps import FirstBatches, before_and_after
+from nni_plugin.job_steps import FirstBatches, before_and_after, pretrain
 from nni_plugin.machine import describe_machine, usable_device
 from nni_plugin.workflow import run_job
 from nni_plugin.workspace import STATE, workspace, write_file
@@ -83,7 +83,7 @@ def dense_network(wanted: ComparisonJob, seed: int, say: Callable[[str], None]) 
         splits = create_loaders(job.dataset, job.data_dir, seed=seed, **job.data_kwargs)
         model, _ = network_of(job, splits, device)
         state = folder / STATE
-        fit(model, splits, job.pretrain, checkpoint_dir=state, resume=True, device=device, phase="pretrain")
+        pretrain(model, splits, job.pretrain, device, state, resume=True)
         top1 = evaluate(model, splits.test, device)["top1"]
         say(f"dense network, seed {seed}: top-1 {top1:.2f} %")
         keep_dense(wanted, seed, model, top1, splits.input_shape)

@@ -24,15 +24,16 @@ from typing import Any, Literal
 import torch
 
 from nni_plugin.adapters.torch_pruning import find_groups, sound_groups
-from nni_plugin.adapters.training import TrainingConfig, evaluate, fit
+from nni_plugin.adapters.training import TrainingConfig, evaluate
 from nni_plugin.adapters.training.checkpoint import read_checkpoint, write_checkpoint
 from nni_plugin.correlation_study.data import FirstImages, open_images
 from nni_plugin.correlation_study.results import Measured, Scored, Scores, agreement, json_value, row_of, write_results
 from nni_plugin.criteria import Criterion, Oracle
 from nni_plugin.criteria.ablation import cross_entropy
-from nni_plugin.errors import CriterionError, GraphError, TrainingError
+from nni_plugin.errors import CriterionError, GraphError
 from nni_plugin.groups import ChannelGroup
 from nni_plugin.job import network_of
+from nni_plugin.job_steps import pretrain
 from nni_plugin.machine import describe_machine, usable_device
 from nni_plugin.methods import create_criterion, known_methods
 from nni_plugin.planner import score_groups, unchanged
@@ -154,7 +155,7 @@ class _Run:
     def run(self, command: str) -> dict[str, Any]:
         """Do the job and write its results."""
         job = self.job
-        self._pretrain()
+        pretrain(self.model, self.splits, job.pretrain, self.device, self.places.state, resume=self.resume)
         self.model.eval()
         top1 = evaluate(self.model, self.splits.test, self.device)["top1"]
         channels = sum(group.width for group in self.groups)
@@ -207,20 +208,6 @@ class _Run:
             reasons = "; ".join(f"{group.name}: {group.fixed}" for group in groups[:5])
             raise GraphError(f"Nothing in {self.job.model} may be pruned. {reasons}")
         return [group for group in groups if group.fixed is None]
-
-    def _pretrain(self) -> None:
-        try:
-            fit(
-                self.model,
-                self.splits,
-                self.job.pretrain,
-                checkpoint_dir=self.places.state,
-                resume=self.resume,
-                device=self.device,
-                phase="pretrain",
-            )
-        except TrainingError as error:
-            raise TrainingError(str(error).replace("--lr", "--pretrain-lr")) from error
 
     def _batches(self, loader: Any, number: int) -> FirstImages:
         return FirstImages(loader, self.device, number, int(loader.batch_size))
