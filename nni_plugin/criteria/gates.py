@@ -91,6 +91,11 @@ class GateLayout:
                         return channels + start
         raise CriterionError(f"Group {group.name!r} was not among the groups collected for; pass it to collect().")
 
+    @property
+    def groups(self) -> list[ChannelGroup]:
+        """The groups in the order in which their gates lie."""
+        return list(self._groups.values())
+
     def split(self, flat: Tensor) -> dict[str, Tensor]:
         """Return a flat vector `[..., size]` by group."""
         return {name: flat[..., part] for name, part in self._slices.items()}
@@ -107,6 +112,39 @@ class GateLayout:
         position, gate = (index.to(terms[0].device) for index in self._index)
         self._index = position, gate
         return position, gate
+
+
+class TiedGates:
+    """Channels that can only leave together (those of a grouped convolution, of a head): one gate on all of them.
+
+    Args:
+        groups: Groups whose channels lie one after the other.
+
+    Attributes:
+        unit: The number of each channel's unit, over all groups, int64, shape `[channels]`.
+        number: Of units.
+        sizes: Number of channels of each unit, int64, shape `[units]`.
+    """
+
+    def __init__(self, groups: Iterable[ChannelGroup]) -> None:
+        units: list[Tensor] = []
+        self.number = 0
+        for group in groups:
+            units.append(group.unit + self.number)
+            self.number += group.units
+        self.unit = torch.cat(units) if units else torch.empty(0, dtype=torch.int64)
+        self.sizes = torch.bincount(self.unit, minlength=self.number)
+        self._each_alone = torch.equal(self.unit, torch.arange(len(self.unit)))
+
+    def sums(self, values: Tensor) -> Tensor:
+        """Return the sums over the channels of each unit, `[..., channels]` -> `[..., units]`."""
+        if self._each_alone:
+            return values
+        return values.new_zeros(*values.shape[:-1], self.number).index_add_(-1, self.unit.to(values.device), values)
+
+    def shared(self, values: Tensor) -> Tensor:
+        """Return each unit's value in equal parts to its channels, `[units]` -> `[channels]`, which add up to it."""
+        return (values / self.sizes)[self.unit]
 
 
 def accumulable(term: Tensor) -> Tensor:

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from nni_plugin.criteria import quadratic
 from nni_plugin.criteria.base import Conclusion, Criterion
 from nni_plugin.criteria.gate_reader import GateReader, Gates
+from nni_plugin.criteria.gates import TiedGates
 from nni_plugin.errors import CriterionError
 from nni_plugin.groups import ChannelGroup
 from nni_plugin.tensors import tensor_of
@@ -145,12 +146,15 @@ class OBS(GateReader):
         if self.costs:
             for name, part in self._layout.split(costs).items():
                 part.fill_(max(self.costs[name], 1e-12))
+        # Tied channels leave together: one gate on all of them, whose gradient is the sum of theirs.
+        units = TiedGates(self._layout.groups)
+        gradients, costs = units.sums(gradients), units.sums(costs)
         alive = (gradients != 0).any(0)
         damping = ORDER_DAMPING if self.damping == "auto" else self.damping
-        position = torch.zeros(self._layout.size, dtype=torch.float64)  # gates without any gradient go first
-        order = quadratic.removal_order(gradients[:, alive], damping, costs[alive])
+        position = torch.zeros(units.number, dtype=torch.float64)  # gates without any gradient go first
+        order = quadratic.removal_order(gradients[:, alive], damping, costs[alive], sizes=units.sizes[alive])
         position[alive.nonzero().flatten()[order]] = torch.arange(1, len(order) + 1, dtype=torch.float64)
-        return position
+        return units.shared(position)
 
     def conclude(self, before: Mapping[str, Tensor], kept: Mapping[str, Tensor]) -> Conclusion:
         """Return the factors of the gates that stay, and the loss change that the quadratic model expects."""

@@ -71,7 +71,9 @@ class PerSampleGates:
         """Put the hooks on."""
         with ExitStack() as stack:
             stack.callback(self.model.register_forward_pre_hook(self._begin(), with_kwargs=True).remove)
-            stack.callback(self.model.register_forward_hook(self._end(), with_kwargs=True).remove)
+            # Before the hooks of others, which see the output that counts.
+            end = self.model.register_forward_hook(self._end(), with_kwargs=True, prepend=True)
+            stack.callback(end.remove)
             for i, member in enumerate(self.members):
                 for handle in self._watch(i, member, self.model.get_submodule(member.path)):
                     stack.callback(handle.remove)
@@ -116,14 +118,15 @@ class PerSampleGates:
             self._rerun = None
             if not torch.is_grad_enabled():
                 return
-            first = next((tensor for tensor in tensors_in([args, kwargs]) if tensor.dim() > 0), None)
+            given = tensors_in([args, kwargs])
+            first = next((tensor for tensor in given if tensor.dim() > 0), None)
             if first is None:
                 raise CriterionError("Gradients per sample need a tensor input whose rows are the samples.")
             self._samples = first.shape[0]
             self._terms = [None] * len(self.members)
             self._watched = []
             if not self._tried:
-                self._rerun = Rerun(module)
+                self._rerun = Rerun(module, given)
 
         return hook
 
@@ -135,8 +138,10 @@ class PerSampleGates:
             if module is not self.model or rerun is None:
                 return None
             self._tried = True
+            given = {tensor.untyped_storage().data_ptr() for tensor in tensors_in(output)}  # to be written into later
             for i, watched, version in self._watched:
-                self._overwritten[i] = bool(self._overwritten[i]) or watched._version != version
+                written = watched._version != version or watched.untyped_storage().data_ptr() in given
+                self._overwritten[i] = bool(self._overwritten[i]) or written
             self._watched = []
             return rerun.run(args, kwargs, output) if any(self._overwritten) else None
 

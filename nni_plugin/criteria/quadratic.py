@@ -44,6 +44,7 @@ def removal_order(
     damping: float = 0.1,
     costs: Tensor | None = None,
     *,
+    sizes: Tensor | None = None,
     chunk: int | None = None,
     holds: Mapping[int, Tensor] | None = None,
 ) -> Tensor:
@@ -53,6 +54,8 @@ def removal_order(
         gradients: Gate gradients of single samples, shape `[N, M]`.
         damping: Added to the diagonal, in units of its mean.
         costs: What removing each gate saves, positive, shape `[M]`; None: all the same.
+        sizes: How many gates that leave together each column stands for, the sum of theirs; each of them is damped.
+            None: one.
         chunk: Gates removed between two exact updates of all others; None: 1 up to 512 gates, then
             1/100 of them.
         holds: By the number of a gate on something that holds others (a block) those others: once it is closed they
@@ -65,9 +68,11 @@ def removal_order(
     gates = gradients.shape[1]
     if gates == 0:
         return torch.empty(0, dtype=torch.int64)
-    inverse = _inverse(gradients, damped(gradients, damping))
     chunk = chunk or (gates // 100 if gates > 512 else 1)
-    value = torch.ones(gates, dtype=torch.float64)
+    # A gate on k tied ones has k times their damping: in units in which it is sqrt(k), it has theirs.
+    value = torch.ones(gates, dtype=torch.float64) if sizes is None else sizes.double().sqrt()
+    gradients = gradients if sizes is None else gradients / value.to(gradients)
+    inverse = _inverse(gradients, damped(gradients, damping))
     cost = torch.ones(gates, dtype=torch.float64) if costs is None else costs.double()
     alive = torch.arange(gates)
     order: list[Tensor] = []

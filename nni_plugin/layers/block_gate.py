@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from nni_plugin.cost import tensors_in
+from nni_plugin.criteria.rerun import told_of_reruns
 from nni_plugin.errors import CriterionError
 from nni_plugin.layers.base import LayerImportance, LossFn, counted
 from nni_plugin.layers.blocks import Block
@@ -113,6 +114,7 @@ class BlockGates:
 
     def __enter__(self) -> BlockGates:
         self._forget()
+        self._stack.enter_context(told_of_reruns(self.model, self._again))
         hooks: list[Any] = [self.model.register_forward_pre_hook(self._count, with_kwargs=True)]
         for i, block in enumerate(self.blocks):
             entry, last = (self.model.get_submodule(block.members[at]) for at in (0, -1))
@@ -151,6 +153,9 @@ class BlockGates:
         self._samples = 0
         self._gates: dict[int, Tensor] = {}
         self._got: dict[int, tuple[Tensor, int]] = {}
+
+    def _again(self) -> None:
+        self._gates, self._got = {}, {}
 
     def _count(self, _: nn.Module, args: Any, kwargs: Any) -> None:
         if self._gates:

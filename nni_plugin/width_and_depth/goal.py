@@ -36,7 +36,7 @@ class Goal:
             BudgetError: It is not met without everything that may leave.
         """
         items = Items.of(model, self.example_inputs, limits)
-        everything = torch.arange(items.channels + len(items.blocks))
+        everything = torch.arange(len(items))
         smallest = items.slim(model, everything, len(everything))
         if self.meter is not None:
             self.meter.check(smallest)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 from nni_plugin.adapters.torch_pruning import cut_channels, find_groups, sound_groups
 from nni_plugin.criteria import quadratic
+from nni_plugin.criteria.gates import TiedGates
 from nni_plugin.errors import GraphError
 from nni_plugin.groups import ChannelGroup
 from nni_plugin.layers.blocks import Block
@@ -52,13 +54,13 @@ class Limits:
 
 @dataclass(frozen=True)
 class Items:
-    """What can leave a network: channels of groups, and blocks; the columns of the quadratic model in this order.
+    """What can leave a network: units of groups (a channel, or tied ones), and blocks, in this order.
 
     Args:
         groups: Prunable groups.
         every: All groups, also those that stay whole.
         blocks: Removable blocks.
-        holds: By a block's column those of the channels and blocks inside it.
+        holds: By a block's number those of the units and blocks inside it.
         removal: How blocks leave.
         min_channels: No group gets narrower.
         round_to: Widths become multiples of this.
@@ -90,7 +92,7 @@ class Items:
         blocks = tuple(block for block in found if block.kind != "unit")
         if not groups and not blocks:
             raise GraphError(f"{type(model).__name__} has neither a block nor a channel that may leave.")
-        firsts = torch.tensor([0, *(group.width for group in groups)]).cumsum(0).tolist()
+        firsts = torch.tensor([0, *(group.units for group in groups)]).cumsum(0).tolist()
         holds = {}
         for number, block in enumerate(blocks):
             held = [torch.arange(firsts[i], firsts[i + 1]) for i, group in enumerate(groups) if _holds(block, group)]
@@ -99,29 +101,48 @@ class Items:
         removal = possible_removal(model, blocks, example_inputs) if blocks else None
         return cls(groups, tuple(every), blocks, holds, removal, limits.min_channels, limits.round_to)
 
-    @property
-    def channels(self) -> int:
-        """Number of channel gates, which come first."""
-        return sum(group.width for group in self.groups)
+    @cached_property
+    def tied(self) -> TiedGates:
+        """Which channels leave together."""
+        return TiedGates(self.groups)
 
-    def columns(self, channels: dict[str, float], blocks: dict[str, float]) -> Tensor:
-        """Return a number a gate, from one a channel by group and one a block by name; at least a trifle."""
+    @property
+    def units(self) -> int:
+        """Number of units, which come before the blocks."""
+        return self.tied.number
+
+    def __len__(self) -> int:
+        return self.units + len(self.blocks)
+
+    @property
+    def sizes(self) -> Tensor:
+        """How many gates each item has."""
+        return torch.cat([self.tied.sizes, torch.ones(len(self.blocks), dtype=torch.int64)])
+
+    def sums(self, gates: Tensor) -> Tensor:
+        """Return a number an item, from one a gate: those of channels, then of blocks, along the last dimension."""
+        channels, blocks = gates.split([gates.shape[-1] - len(self.blocks), len(self.blocks)], -1)
+        return torch.cat([self.tied.sums(channels), blocks], -1)
+
+    def costs(self, channels: dict[str, float], blocks: dict[str, float]) -> Tensor:
+        """Return what each item saves (at least a trifle), from numbers a channel by group and a block by name."""
         values = [torch.full((group.width,), channels[group.name], dtype=torch.float64) for group in self.groups]
         values.append(torch.tensor([blocks[block.name] for block in self.blocks], dtype=torch.float64))
-        column = torch.cat(values)
-        return column.clamp_min(1e-6 * float(column.max()))
+        costs = self.sums(torch.cat(values))
+        return costs.clamp_min(1e-6 * float(costs.max()))
 
     def chosen(self, order: Tensor, number: int) -> tuple[dict[str, Tensor], tuple[str, ...]]:
         """Return the channels kept by group, groups inside a block that leaves left out, and the blocks that leave."""
         taken = order[:number]
-        leaving = [self.blocks[int(i) - self.channels] for i in taken if i >= self.channels]
+        leaving = [self.blocks[int(i) - self.units] for i in taken if i >= self.units]
         leaving = [block for block in leaving if not any(inside(block, other) for other in leaving)]
-        position = torch.full((self.channels,), float(len(order)), dtype=torch.float64)
-        in_order = order[order < self.channels]
+        position = torch.full((self.units,), float(len(order)), dtype=torch.float64)
+        in_order = order[order < self.units]
         position[in_order] = torch.arange(len(in_order), dtype=torch.float64)
-        scores = dict(zip((g.name for g in self.groups), position.split([g.width for g in self.groups]), strict=True))
+        parts = self.tied.shared(position).split([group.width for group in self.groups])
+        scores = dict(zip((group.name for group in self.groups), parts, strict=True))
         ranking = Ranking(self.groups, scores, round_to=self.round_to, min_channels=self.min_channels)
-        kept = ranking.kept(int((taken < self.channels).sum()))
+        kept = ranking.kept(int((taken < self.units).sum()))
         within = {group.name for group in self.groups if any(_holds(block, group) for block in leaving)}
         kept = {name: index for name, index in kept.items() if name not in within}
         return kept, tuple(block.name for block in leaving)
@@ -140,10 +161,20 @@ class Items:
     def plan(
         self, order: Tensor, number: int, rows: Tensor, movable: Tensor, damping: float
     ) -> tuple[PruningPlan | None, float]:
-        """Return the plan of the first so many removals, with factors, and the loss change that the model expects."""
+        """Return the plan of the first so many removals, with factors, and the loss change that the model expects.
+
+        Args:
+            order: Items in the order of their removal.
+            number: How many of them go.
+            rows: Gradients of all gates, those of channels first, `[N, gates]`.
+            movable: Which gates can take a factor, `[gates]`.
+            damping: Of the quadratic model.
+        """
         kept, gone = self.chosen(order, number)
         removed = torch.zeros(rows.shape[1], dtype=torch.bool)
         idle = torch.zeros_like(removed)
+        items = torch.cat([self.tied.unit, torch.arange(self.units, len(self))])
+        channels = len(self.tied.unit)
         first = 0
         for group in self.groups:
             if group.name in kept:
@@ -152,8 +183,8 @@ class Items:
             first += group.width
         for number_of, block in enumerate(self.blocks):
             if block.name in gone:
-                removed[self.channels + number_of] = True
-                held = self.holds[self.channels + number_of]
+                removed[channels + number_of] = True
+                held = torch.isin(items, self.holds[self.units + number_of])
                 idle[held], removed[held] = True, False
         if not bool(removed.any()):
             return None, 0.0

@@ -75,8 +75,8 @@ class Search:
             cost = MarginalCost(work, inputs, items.groups, items.blocks, goal.budget)
             with unchanged(work):
                 rows, movable = _gradients(work, items, self.batches, self.loss_fn, self.max_samples)
-            costs = items.columns(cost.channels, cost.blocks).pow(cost_power)
-            order = quadratic.removal_order(rows, self.damping, costs, holds=items.holds)
+            costs = items.costs(cost.channels, cost.blocks).pow(cost_power)
+            order = quadratic.removal_order(items.sums(rows), self.damping, costs, sizes=items.sizes, holds=items.holds)
             limit = now - (now - goal.limit) / (self.steps - step)
             order = agreed(order)
             number = agreed(goal.fewest(items, order, work, limit, exact=last))

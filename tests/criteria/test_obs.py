@@ -162,6 +162,40 @@ def test_predicted_change_meets_the_measured_one(resnet: nn.Module) -> None:
     assert step["loss_change"] == pytest.approx(measured, abs=1e-9)
 
 
+class TwoBranches(nn.Module):
+    """A branch of a grouped convolution beside a plain one of the same make; one of them hardly counts."""
+
+    def __init__(self, grouped_counts: bool) -> None:
+        super().__init__()
+
+        def branch(groups: int) -> nn.Sequential:
+            layers: list[nn.Module] = [nn.Conv2d(1, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16), nn.ReLU()]
+            layers += [nn.Conv2d(16, 16, 3, padding=1, groups=groups, bias=False), nn.BatchNorm2d(16), nn.ReLU()]
+            return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 10))
+
+        self.grouped, self.plain, self.grouped_counts = branch(4), branch(1), grouped_counts
+
+    def forward(self, x: Tensor) -> Tensor:
+        most, least = (self.grouped, self.plain) if self.grouped_counts else (self.plain, self.grouped)
+        return most(x) + 0.01 * least(x)
+
+
+@pytest.mark.parametrize("grouped_counts", [False, True])
+def test_channels_that_leave_together_weigh_as_one(grouped_counts: bool) -> None:
+    torch.manual_seed(0)
+    model = TwoBranches(grouped_counts).double().eval()
+    examples = batches(1)[0][0][:2].double()
+    data = [(images.double(), labels) for images, labels in batches()]
+    plan = plan_channels(model, examples, OBS(), data, loss_of, Channels(0.5))
+    left = dict.fromkeys(("grouped", "plain"), 0)
+    for name, kept in plan.kept().items():
+        left[name.partition(".")[0]] += len(kept)
+    idle, needed = (left["plain"], left["grouped"]) if grouped_counts else (left["grouped"], left["plain"])
+    assert 28 < idle + needed <= 32
+    assert idle <= 8
+    assert needed >= 24
+
+
 def test_cost_aware_needs_fewer_channels_for_the_same_macs(resnet: nn.Module) -> None:
     plans = {
         (own, asked): plan_channels(

@@ -530,6 +530,46 @@ def test_only_what_is_overwritten_is_copied() -> None:
     assert read[0] is not made[0]
 
 
+def test_hooks_of_others_see_the_pass_that_counts() -> None:
+    model, batch = plain(), batches(1)[0]
+    hook = model.register_forward_hook(lambda _, __, output: output / 4)
+    expected = loss_of(model, batch).item()
+    with PerSampleGates(model, members_of_plain(model)):
+        assert [loss_of(model, batch).item() for _ in range(2)] == [expected] * 2
+    hook.remove()
+
+
+def test_inputs_written_into_are_as_they_were_when_the_pass_is_run_again() -> None:
+    class Normalising(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.head = nn.Conv2d(3, 5, 3), nn.Sequential(*head(5))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.conv(x.sub_(0.5).div_(2)).relu_())
+
+    model, (x, y) = Normalising().double(), batches(1)[0]
+    expected = loss_of(model, (x.clone(), y)).item()
+    with PerSampleGates(model, [member_of(model, "conv", "out", 5)]) as watcher:
+        loss = loss_of(model, (given := x.clone(), y))
+        loss.backward()
+        first = watcher.take()[0]
+        loss_of(model, (x.clone(), y)).backward()
+        assert torch.equal(first, watcher.take()[0])
+    assert loss.item() == expected
+    assert torch.equal(given, (x - 0.5) / 2)
+
+
+def test_an_output_may_be_written_into_by_the_loss() -> None:
+    model, (x, y) = randomise(nn.Sequential(nn.Flatten(), nn.Linear(3 * 6 * 6, 3))), batches(1)[0]
+    x = x[:, :, :6, :6]
+    with PerSampleGates(model, [member_of(model, "1", "out", 3)]) as watcher:
+        F.cross_entropy(model(x).div_(2), y).backward()
+        (term,) = watcher.take()
+    gradient = torch.autograd.functional.jacobian(lambda z: F.cross_entropy(z / 2, y), model(x))
+    torch.testing.assert_close(term, gradient * model(x).detach() * len(x), rtol=1e-9, atol=1e-12)
+
+
 def test_a_pass_that_fails_is_no_trial() -> None:
     """What the hooks have seen in it counts for nothing, and the next first pass is one again."""
     model, batch = plain(), batches(1)[0]

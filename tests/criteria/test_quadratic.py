@@ -49,6 +49,26 @@ def test_order_is_greedy_with_compensation(
     assert quadratic.removal_order(rows, damping).tolist()[:17] == removed
 
 
+@pytest.mark.parametrize("low_rank", [False, True])
+def test_each_of_tied_gates_is_damped(low_rank: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A gate on several has the quadratic form of them all, held equal."""
+    if low_rank:
+        monkeypatch.setattr(quadratic, "DENSE", 0)
+    rows = gradients(40, 14, seed=1)
+    sizes = torch.tensor([1, 4, 1, 2, 1, 4, 1])
+    units = torch.repeat_interleave(torch.arange(7), sizes)
+    together = torch.zeros(14, 7, dtype=torch.float64)
+    together[torch.arange(14), units] = 1
+    added = rows @ together
+    ridge = quadratic.damped(added / sizes.sqrt(), 0.5)
+    hessian = together.T @ (rows.T @ rows / 40 + ridge * torch.eye(14, dtype=torch.float64)) @ together
+    removed: list[int] = []
+    while len(removed) < 6:
+        rest = [m for m in range(7) if m not in removed]
+        removed.append(min(rest, key=lambda m: least_loss(hessian, [*removed, m])[0]))
+    assert quadratic.removal_order(added, 0.5, sizes=sizes).tolist()[:6] == removed
+
+
 def test_costs_divide_the_loss() -> None:
     rows = torch.eye(6, dtype=torch.float64) * torch.arange(1.0, 7.0, dtype=torch.float64)
     assert quadratic.removal_order(rows).tolist() == [0, 1, 2, 3, 4, 5]

@@ -236,6 +236,40 @@ class TestMarginalCost:
         assert all(0 < value < 10 for value in cost.channels.values())
 
 
+class Grouped(nn.Module):
+    """Two residual blocks of grouped convolutions behind group normalisations, which overwrite what they give."""
+
+    def __init__(self) -> None:
+        super().__init__()
+
+        class Block(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.conv1, self.norm = nn.Conv2d(8, 8, 3, padding=1), nn.GroupNorm(2, 8)
+                self.act, self.conv2 = nn.ReLU(inplace=True), nn.Conv2d(8, 8, 3, padding=1, groups=2)
+
+            def forward(self, x: Tensor) -> Tensor:
+                return x + self.conv2(self.act(self.norm(self.conv1(x))))
+
+        self.stem, self.blocks = nn.Conv2d(3, 8, 3), nn.Sequential(Block(), Block())
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.blocks(self.stem(x)).mean((2, 3)))
+
+
+def test_tied_channels_and_blocks_of_a_network_that_overwrites() -> None:
+    torch.manual_seed(0)
+    model = Grouped().double().eval()
+    data = [(X[:2], torch.tensor([0, 1])), (X[:2] + 1, torch.tensor([2, 1]))]
+    dense = count(model, X).macs
+    for ratio in (0.7, 0.4):
+        plan = plan_jointly(model, X, data, cross_entropy, MACs(ratio), steps=2)
+        slim = plan.apply(copy.deepcopy(model), X)
+        assert count(slim, X).macs <= ratio * dense
+        assert plan.removed_blocks or any(len(kept) < 8 for kept in plan.kept().values())
+
+
 def test_blocks_to_ignore_stay() -> None:
     kept = ("layer1.0", "layer2.1.conv1")
     plan = planned(resnet(), batches(), MACs(0.4), ignore=kept)
