@@ -24,7 +24,7 @@ def split_fifth(batches: Iterable[Any]) -> tuple[Iterable[Any], Iterable[Any]]:
     number = sum(1 for _ in islice(batches, 5))
     if number < 2:
         raise DataError(f"batches holds {number} minibatch{'es' * (number != 1)}, so none can be held out: {what}.")
-    if not _same(next(iter(batches)), next(iter(batches))):
+    if not same_batch(next(iter(batches)), next(iter(batches))):
         raise DataError(f"batches are shuffled, so none can be held out: {what}.")
     last = min(number, 5) - 1  # of fewer than five the last one
     return _Every(batches, lambda i: i % 5 != last), _Every(batches, lambda i: i % 5 == last)
@@ -40,11 +40,12 @@ class _Every:
         return (batch for i, batch in enumerate(self.batches) if self.chosen(i))
 
 
-def _same(a: Any, b: Any) -> bool:
+def same_batch(a: Any, b: Any) -> bool:
+    """Tell whether two minibatches hold the same values: the first of a loader that does not shuffle does, twice."""
     if isinstance(a, Tensor):
-        return isinstance(b, Tensor) and a.shape == b.shape and torch.equal(a, b)
+        return isinstance(b, Tensor) and a.shape == b.shape and torch.equal(a.nan_to_num(), b.nan_to_num())
     if isinstance(a, Mapping):
-        return isinstance(b, Mapping) and a.keys() == b.keys() and all(_same(a[key], b[key]) for key in a)
+        return isinstance(b, Mapping) and a.keys() == b.keys() and all(same_batch(a[key], b[key]) for key in a)
     if isinstance(a, (tuple, list)):
-        return len(a) == len(b) and all(map(_same, a, b))
+        return len(a) == len(b) and all(map(same_batch, a, b))
     return bool(a == b)

@@ -28,7 +28,9 @@ from nni_plugin.adapters.torch_pruning.blocks import channel_part
 from nni_plugin.adapters.torch_pruning.surgery import check_fit
 from nni_plugin.cost import on_device_of
 from nni_plugin.criteria.gates import accumulable
+from nni_plugin.criteria.traced import CannotReplayError
 from nni_plugin.errors import DataError, PlanError, SurgeryError
+from nni_plugin.held_out import same_batch
 from nni_plugin.layers.removal import find_removal
 from nni_plugin.plan import PruningPlan
 from nni_plugin.renumbering import Renumbering
@@ -62,7 +64,8 @@ def reconstruct(
             padding of their own), called twice, or with shared weights stay as they are.
         dense: The network it was cut from; unchanged.
         example_inputs: One tensor `[N, ...]`, or a tuple or dict of inputs, to trace the dense network with.
-        batches: Minibatches that can be gone through again; a few thousand images do. Labels are not used.
+        batches: Minibatches that can be gone through again, the same each time (neither shuffled nor augmented at
+            random); a few thousand images do. Labels are not used.
         forward: `forward(model, batch)` runs a network.
         positions: Output positions drawn of each image and layer.
         seed: Of the positions.
@@ -73,18 +76,24 @@ def reconstruct(
         on, give normalisations the statistics of what they read now: `nni_plugin.anchor_batchnorm`.
 
     Raises:
-        DataError: There is no minibatch, or what a layer reads or gives is not finite.
+        DataError: There is no minibatch, they are others each time, or what a layer reads or gives is not finite.
         PlanError: The pruned network has no plan, or it does not fit the dense one.
-        SurgeryError: A layer does not see the same in both networks.
+        SurgeryError: A layer does not see the same in both networks. The weights are what they were, as always.
     """
     plan = getattr(pruned, "pruning_plan", None)
     if plan is None:
         raise PlanError("The pruned network has no pruning_plan: apply one with plan.apply(model, example_inputs).")
     if iter(batches) is batches:
         raise DataError("batches can be gone through only once: give a list or a loader. The model is unchanged.")
+    if not same_batch(next(iter(batches), None), next(iter(batches), None)):
+        raise DataError(
+            "batches are others each time, but both networks must see the same images: give a list, or a loader that "
+            "neither shuffles nor augments at random. The model is unchanged."
+        )
     kept, names = _what_stays(plan, dense, on_device_of(dense, example_inputs))
     modes = {module: module.training for network in (pruned, dense) for module in network.modules()}
     left: dict[str, float] = {}
+    before = [(parameter, parameter.clone()) for _, layer in _solvable(pruned) for parameter in layer.parameters()]
     try:
         pruned.eval()
         dense.eval()
@@ -96,6 +105,12 @@ def reconstruct(
             pairs = zip(here.inputs(path), there.outputs(names.before(path)), sizes, strict=True)
             rows, targets = _rows(pruned.get_submodule(path), path, kept.get(path), pairs, positions, seed)
             left[path] = _solve(pruned.get_submodule(path), rows, targets)
+    except BaseException as error:
+        for parameter, values in before:
+            parameter.copy_(values)
+        if isinstance(error, CannotReplayError):
+            raise SurgeryError(f"The networks cannot be run side by side: {error}. The model is unchanged.") from error
+        raise
     finally:
         for module, training in modes.items():
             module.training = training
@@ -130,10 +145,11 @@ def _solvable(model: nn.Module) -> list[tuple[str, nn.Module]]:
 
 
 def _order(model: nn.Module, batches: Iterable[Any], forward: Callable[[nn.Module, Any], Any]) -> list[str]:
-    """Return the layers to solve in the order in which they run, those that run once."""
+    """Return the layers to solve in the order in which they run, those that run once, on an argument by position."""
     calls: list[str] = []
     handles = [
-        layer.register_forward_pre_hook(lambda _, __, path=path: calls.append(path)) for path, layer in _solvable(model)
+        layer.register_forward_pre_hook(lambda _, args, path=path: calls.extend([path] * bool(args)))
+        for path, layer in _solvable(model)
     ]
     try:
         batch = next(iter(batches), None)

@@ -6,6 +6,7 @@ import pytest
 import torch
 from networks_at_random import assert_same, state_of
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 from nni_plugin.errors import DataError, PlanError
 from nni_plugin.networks.resnet import ResNet
@@ -133,6 +134,50 @@ def test_values_that_are_not_finite_change_nothing() -> None:
     with pytest.raises(DataError, match="not finite"):
         reconstruct(pruned, dense, BATCHES[0], broken, forward)
     assert_same(pruned, before)
+
+
+def test_an_error_half_way_changes_nothing() -> None:
+    class Breaking(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.c = nn.Linear(6, 8), nn.Linear(8, 8), nn.Linear(8, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.c(torch.log(self.b(torch.relu(self.a(x))) + 50))
+
+    torch.manual_seed(0)
+    dense, x = Breaking().double().eval(), torch.randn(40, 6, dtype=torch.float64)
+    pruned = PruningPlan((GroupPlan("a", 8, (0, 2, 4)),)).apply(copy.deepcopy(dense), x)
+    before = state_of(pruned)
+    with pytest.raises(DataError, match="'c' reads or gives is not finite"):
+        reconstruct(pruned, dense, x, [1e4 * x], forward)
+    assert_same(pruned, before)
+
+
+def test_minibatches_in_another_order_each_time_are_refused() -> None:
+    dense = twins().eval()
+    pruned = PruningPlan((GroupPlan("0", 8, (0, 2, 4)),)).apply(copy.deepcopy(dense), BATCHES[0])
+    before = state_of(pruned)
+    torch.manual_seed(0)
+    with pytest.raises(DataError, match=r"others each time.*neither shuffles.*unchanged"):
+        reconstruct(pruned, dense, BATCHES[0], DataLoader(torch.cat(BATCHES), 16, shuffle=True), forward)
+    assert_same(pruned, before)
+    reconstruct(pruned, dense, BATCHES[0], DataLoader(torch.cat(BATCHES), 16), forward)
+
+
+def test_a_layer_called_by_keyword_stays_as_it_is() -> None:
+    class Keyword(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(6, 8), nn.Linear(8, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.b(input=torch.relu(self.a(x)))
+
+    torch.manual_seed(0)
+    dense, x = Keyword().double().eval(), torch.randn(40, 6, dtype=torch.float64)
+    pruned = PruningPlan((GroupPlan("a", 8, (0, 2, 4)),)).apply(copy.deepcopy(dense), x)
+    assert list(reconstruct(pruned, dense, x, [x], forward)) == ["a"]
 
 
 def test_a_network_that_has_lost_blocks_as_well() -> None:
