@@ -7,6 +7,7 @@ from nni_plugin.checkpoint import from_pretrained, save_pretrained
 from nni_plugin.compensation import anchor_batchnorm, reestimate_batchnorm
 from nni_plugin.cost import Cost, count
 from nni_plugin.errors import NNIPluginError
+from nni_plugin.filter_norms import restore_filter_norms
 from nni_plugin.layer_planner import plan_layers
 from nni_plugin.performance import plan_performance
 from nni_plugin.plan import GroupPlan, ModelIdentity, PruningPlan
@@ -42,6 +43,7 @@ __all__ = [
     "plan_performance",
     "reconstruct",
     "reestimate_batchnorm",
+    "restore_filter_norms",
     "save_pretrained",
     "verify",
 ]

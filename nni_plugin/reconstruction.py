@@ -73,7 +73,8 @@ def reconstruct(
 
     Returns:
         By layer the share of the squared error that is left on held-out rows; 1 where the weights stay. Before training
-        on, give normalisations the statistics of what they read now: `nni_plugin.anchor_batchnorm`.
+        on, give normalisations the statistics of what they read now, and filters their lengths:
+        `nni_plugin.anchor_batchnorm`, then `nni_plugin.restore_filter_norms`.
 
     Raises:
         DataError: There is no minibatch, they are others each time, or what a layer reads or gives is not finite.
@@ -90,7 +91,7 @@ def reconstruct(
             "batches are others each time, but both networks must see the same images: give a list, or a loader that "
             "neither shuffles nor augments at random. The model is unchanged."
         )
-    kept, names = _what_stays(plan, dense, on_device_of(dense, example_inputs))
+    kept, names = what_stays(plan, dense, on_device_of(dense, example_inputs))
     modes = {module: module.training for network in (pruned, dense) for module in network.modules()}
     left: dict[str, float] = {}
     before = [(parameter, parameter.clone()) for _, layer in _solvable(pruned) for parameter in layer.parameters()]
@@ -117,7 +118,7 @@ def reconstruct(
     return left
 
 
-def _what_stays(plan: PruningPlan, dense: nn.Module, example_inputs: Any) -> tuple[dict[str, Tensor], Renumbering]:
+def what_stays(plan: PruningPlan, dense: nn.Module, example_inputs: Any) -> tuple[dict[str, Tensor], Renumbering]:
     """Return the outputs kept by layer, under the names of the pruned network, and the way to the dense one's."""
     removal, rest, network = None, plan, dense
     with torch.enable_grad():

@@ -28,6 +28,7 @@ from nni_plugin.compensation import anchor_batchnorm, reestimate_batchnorm
 from nni_plugin.cost import count
 from nni_plugin.criteria.ablation import cross_entropy
 from nni_plugin.errors import OutputError, PlanError, SurgeryError
+from nni_plugin.filter_norms import restore_filter_norms
 from nni_plugin.job import Job, network_of, schedule_of
 from nni_plugin.job_plans import Planned, check_job, make_plan, method_of, pruner_of
 from nni_plugin.job_steps import FirstBatches, before_and_after, pretrain
@@ -190,6 +191,7 @@ class _Run:
         batches = self._score_batches(self.job.score_batches or math.ceil(2000 / (self.splits.score.batch_size or 1)))
         reconstruct(self.model, self.dense, self.examples, batches, _run_on_images)
         anchor_batchnorm(self.model, batches, _run_on_images)
+        restore_filter_norms(self.model, self.dense, self.examples)
         return time.perf_counter() - begun
 
     def _prune_while_training(self) -> _Pruned:

@@ -46,7 +46,16 @@ FLOORS = (
     frozenset({"adapters"}),
     frozenset({"channel_pruner", "methods"}),
     frozenset(
-        {"planner", "layer_planner", "held_out", "checkpoint", "reconstruction", "marginal_cost", "width_and_depth"}
+        {
+            "planner",
+            "layer_planner",
+            "held_out",
+            "checkpoint",
+            "reconstruction",
+            "filter_norms",
+            "marginal_cost",
+            "width_and_depth",
+        }
     ),
     frozenset({"performance"}),
     frozenset(
