@@ -13,7 +13,8 @@ from typing import Any, Literal, get_args
 
 import timm
 import torchvision
-from timm.models import get_model_args
+from timm.data import resolve_data_config
+from timm.models import get_model_args, get_pretrained_cfg
 from torch import Tensor, nn
 
 from nni_plugin.adapters.weights import load_weights, read_state_dict
@@ -131,6 +132,41 @@ def identity_of(model: nn.Module) -> ModelIdentity | None:
         return None
     tag = config.get("tag")
     return ModelIdentity("timm", f"{architecture}.{tag}" if tag else architecture, kwargs)
+
+
+def picture_format(name: str, library: str = "timm", *, in_chans: int = 3) -> dict[str, Any]:
+    """How the published weights of a model of timm want their pictures; downloads nothing.
+
+    Args:
+        name: The model's name, with or without a weight tag.
+        library: Only timm keeps a record.
+        in_chans: Channels of the images; a single one gets the average of the three numbers.
+
+    Returns:
+        `img_size`, `mean`, `std`, `crop_pct`, `crop_mode` and `interpolation` for
+        :func:`~nni_plugin.adapters.data.create_loaders`, as timm's `resolve_model_data_config` has them; without
+        `img_size` for pictures that are not square. Empty where there is no record.
+
+    Example:
+        >>> picture_format("vit_tiny_patch16_224")["mean"], picture_format("efficientnet_b1")["img_size"]
+        ((0.5, 0.5, 0.5), 240)
+    """
+    if library != "timm" or not _has("timm", name):
+        return {}
+    try:
+        record = get_pretrained_cfg(name)
+    except RuntimeError:
+        return {}  # an unknown weight tag: building the model says so
+    if record is None:
+        return {}
+    config: dict[str, Any] = resolve_data_config(pretrained_cfg=record.to_dict())
+    _, height, width = config.pop("input_size")
+    if height == width:
+        config["img_size"] = height
+    for key in ("mean", "std"):
+        values = config[key]
+        config[key] = (round(sum(values) / len(values), 6),) if in_chans == 1 else tuple(values)
+    return config
 
 
 def _construct(library: str, name: str, kwargs: dict[str, Any], *, pretrained: bool) -> nn.Module:

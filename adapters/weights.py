@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
+import re
 from collections.abc import Mapping, Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Any
 
 import safetensors.torch
 import torch
@@ -16,6 +19,17 @@ _NESTED = ("state_dict_ema", "model_ema", "state_dict", "model")
 # What DistributedDataParallel and torch.compile put before every key.
 _PREFIXES = ("module.", "_orig_mod.")
 _SHOWN = 3
+# timm's train.py keeps its arguments beside the weights. Paths among them are read as pure ones, which every system
+# has; Python 3.13 knows their classes under another name.
+_OF_ARGUMENTS: list[Any] = [
+    argparse.Namespace,
+    *(
+        (pure, f"{module}.{name}")
+        for pure in (PurePosixPath, PureWindowsPath)
+        for name in (pure.__name__, pure.__name__.removeprefix("Pure"))
+        for module in ("pathlib", "pathlib._local")
+    ),
+]
 
 
 def read_state_dict(path: str | Path) -> dict[str, Tensor]:
@@ -24,13 +38,15 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
     Args:
         path: A `.safetensors` file, or a file of `torch.save`, which is unpickled with `weights_only`. It
             holds the state dict itself or has it under `state_dict_ema`, `model_ema`, `state_dict` or
-            `model`.
+            `model`, the first of these as in timm. Training arguments beside it, as timm's `train.py` keeps
+            them, do no harm.
 
     Returns:
         The tensors by key, without the prefixes of DistributedDataParallel and `torch.compile`.
 
     Raises:
-        ModelError: If the file is missing or damaged, or holds something other than named tensors.
+        ModelError: If the file is missing or damaged, needs code to be read, or holds something other than
+            named tensors.
     """
     path = Path(path)
     if not path.is_file():
@@ -39,13 +55,20 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
         if path.suffix == ".safetensors":
             content: object = safetensors.torch.load_file(path)
         else:
-            content = torch.load(path, map_location="cpu", weights_only=True)
+            with torch.serialization.safe_globals(_OF_ARGUMENTS):
+                content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         # The unpickler raises whatever the damaged bytes lead it to.
+        refused = re.search(r"\bGLOBAL (\S+)", str(error))
+        if refused:
+            raise ModelError(
+                f"Checkpoint {str(path)!r} cannot be read without running code: it holds more than tensors and plain "
+                f"values, namely {refused[1]}; save model.state_dict() alone, or as .safetensors."
+            ) from error
         kind = "safetensors" if path.suffix == ".safetensors" else "torch (weights_only)"
         raise ModelError(
-            f"Checkpoint {str(path)!r} cannot be read as a {kind} file; it is damaged, holds more than "
-            f"tensors, or has another format: {type(error).__name__}: {_first_line(error)}"
+            f"Checkpoint {str(path)!r} cannot be read as a {kind} file; it is damaged or has "
+            f"another format: {type(error).__name__}: {_first_line(error)}"
         ) from error
     if isinstance(content, Mapping):
         content = next((content[key] for key in _NESTED if isinstance(content.get(key), Mapping)), content)
@@ -116,4 +139,6 @@ def _listed(keys: Sequence[str]) -> str:
 
 
 def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [""])[0]
+    # torch puts advice, with colours, before what its unpickler found.
+    reason = str(error).rpartition("WeightsUnpickler error: ")[2]
+    return (reason.splitlines() or [""])[0]

@@ -38,7 +38,8 @@ class Job:
         pretrained: Start from the library's published weights.
         dataset: See `adapters.data.create_loaders`.
         data_dir: Folder of the data.
-        data_kwargs: Further arguments of `create_loaders` (batch size, image size, ...).
+        data_kwargs: Further arguments of `create_loaders` (batch size, image size, ...); what a model of timm wants
+            pictures to be is in `adapters.models.picture_format`.
         method: See `methods.METHODS`.
         schedule: `"one-shot"`, `"iterative"` or `"continuous"`.
         prune_channels: Channels removed in a step; None: so many that pruning is over in the first half of training.
@@ -115,6 +116,8 @@ class Job:
         values = asdict(self)
         for name in ("output", "latency_batch_sizes"):
             del values[name]
+        # A run may go on with other processes: batches do not depend on their number.
+        values["data_kwargs"].pop("num_workers", None)
         for training in (values["pretrain"], values["finetune"]):
             del training["checkpoint_every"]
         values["budget"] = repr(self.budget)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import difflib
+import multiprocessing
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +25,8 @@ _TORCH = ("torch/imagenet", "torch/inaturalist", "torch/places365", "torch/qmnis
 _STREAMED = ("hfids/", "tfds/", "wds/")
 # Names that are known; timm also takes any "hfds/...".
 DATASETS: tuple[str, ...] = (*_IN_MEMORY, "ImageFolder", *_TORCH)
+# timm's number of processes.
+_WORKERS = 4
 
 Batch = tuple[Tensor, Tensor]
 
@@ -76,12 +80,15 @@ def create_loaders(
     img_size: int | None = None,
     in_chans: int = 3,
     num_classes: int | None = None,
-    num_workers: int = 0,
+    num_workers: int | None = 0,
     seed: int = 0,
     train_fraction_held_out: float = 0.0,
     augment: bool = True,
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
+    crop_pct: float | None = None,
+    crop_mode: str | None = None,
+    interpolation: str | None = None,
     train_split: str = "train",
     val_split: str = "validation",
     transform_kwargs: Mapping[str, Any] | None = None,
@@ -100,7 +107,9 @@ def create_loaders(
             CIFAR) or 224.
         in_chans: Channels of the images; a gray image is repeated.
         num_classes: Classes the labels must lie in; None for the data set's own number.
-        num_workers: Processes that load; 0 is fastest for what is held in memory.
+        num_workers: Processes that load; 0 is fastest for what is held in memory. None: 4 for picture files, at most
+            one a usable CPU, else 0. The batches are the same with any number, and a daemonic process, which may
+            start none, loads them itself.
         seed: Of the order, the augmentation and the held-out part, at least 0.
         train_fraction_held_out: Share of each class of the TRAINING images for `held_out`, in [0, 1).
         augment: Whether `train` is augmented: shifted (and flipped, where a mirrored image is of the same
@@ -108,6 +117,10 @@ def create_loaders(
         mean: Of each channel, of values in [0, 1]; None for that of the training images (ImageNet's for
             picture files).
         std: Of each channel, likewise.
+        crop_pct: For picture files, the share of the scaled picture, along each side, that scoring and testing see;
+            None for timm's 0.875. :func:`~nni_plugin.adapters.models.picture_format` gives what a model of timm wants.
+        crop_mode: Likewise how it is scaled and cropped: `"center"`, `"squash"` or `"border"`; None for the first.
+        interpolation: Likewise in scaling pictures, such as `"bicubic"`; None for `"bilinear"`.
         train_split: Name of the training part, for timm's data sets.
         val_split: Name of the part to test on, for timm's data sets.
         transform_kwargs: Further arguments of `timm.data.create_transform` for training on picture files.
@@ -119,7 +132,7 @@ def create_loaders(
     Raises:
         DataError: If the data set is unknown, missing, empty or damaged, or an argument does not suit it.
     """
-    if batch_size < 1 or num_workers < 0 or seed < 0 or in_chans < 1 or (img_size is not None and img_size < 1):
+    if batch_size < 1 or (num_workers or 0) < 0 or seed < 0 or in_chans < 1 or (img_size is not None and img_size < 1):
         raise DataError(
             f"Expected batch_size, img_size and in_chans of at least 1, num_workers and seed of at least 0; "
             f"got batch_size={batch_size}, img_size={img_size}, in_chans={in_chans}, "
@@ -128,6 +141,10 @@ def create_loaders(
     name = _known_name(dataset)
     folder = _existing(data_dir, name)
     if name in _IN_MEMORY:
+        given = {"crop_pct": crop_pct, "crop_mode": crop_mode, "interpolation": interpolation}
+        in_vain = [key for key, value in given.items() if value is not None]
+        if in_vain:
+            raise DataError(f"{name!r} is no data set of picture files, and takes no {in_vain[0]}; leave it out.")
         source = load_memory(name, folder, img_size=img_size, in_chans=in_chans, seed=seed, mean=mean, std=std)
     else:
         source = load_pictures(
@@ -139,6 +156,9 @@ def create_loaders(
             seed=seed,
             mean=mean,
             std=std,
+            crop_pct=crop_pct,
+            crop_mode=crop_mode,
+            interpolation=interpolation,
             train_split=train_split,
             val_split=val_split,
             transform_kwargs=transform_kwargs or {},
@@ -154,6 +174,10 @@ def create_loaders(
             f"Expected at least batch_size={batch_size} training images in {name!r}, got {len(kept)}; "
             "take a smaller batch_size."
         )
+    if num_workers is None:
+        num_workers = 0 if name in _IN_MEMORY else min(_WORKERS, _usable_cpus())
+    if multiprocessing.current_process().daemon:
+        num_workers = 0
     loading = _Loading(source, batch_size, num_workers, seed, pin_memory)
     plain = source.training(kept, False)
     return DataSplits(
@@ -168,6 +192,15 @@ def create_loaders(
         mean=source.mean,
         std=source.std,
     )
+
+
+def is_in_memory(dataset: str) -> bool:
+    """Whether a data set is held in memory as a whole, not read picture by picture.
+
+    Raises:
+        DataError: If the data set is unknown.
+    """
+    return _known_name(dataset) in _IN_MEMORY
 
 
 @dataclass(frozen=True)
@@ -194,6 +227,11 @@ class _Loading:
             # An own generator, so that iterating draws nothing from torch's global one.
             generator=torch.Generator().manual_seed(self.seed),
         )
+
+
+def _usable_cpus() -> int:
+    # A container or a batch system may allow fewer than the machine has.
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _known_name(dataset: str) -> str:

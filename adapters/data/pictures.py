@@ -24,6 +24,19 @@ from nni_plugin.errors import DataError
 
 _TEST_FOLDERS = ("val", "valid", "validation", "test")
 _MODES = {1: "L", 3: "RGB"}
+# timm's names; it also knows "random", which is for training alone.
+_INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")
+_CROP_MODES = ("center", "squash", "border")
+
+
+class PictureError(DataError):
+    """A picture that cannot be used.
+
+    torch hands on an error of a process that loads with the traceback in its text; the text here is what it began as.
+    """
+
+    def __init__(self, text: str) -> None:
+        super().__init__(text.rpartition(f"{type(self).__name__}: ")[2].strip())
 
 
 class Pictures(Dataset[tuple[Tensor, Tensor]]):
@@ -67,8 +80,11 @@ class Pictures(Dataset[tuple[Tensor, Tensor]]):
         except (OSError, SyntaxError, ValueError) as error:
             samples = getattr(self.base, "samples", None)
             name = repr(samples[index][0]) if samples else f"number {index}"
-            raise DataError(f"Picture {name} cannot be read: {error}; replace or remove it.") from error
-        check_labels(np.asarray([label]), self.num_classes, f"picture {index}")
+            raise PictureError(f"Picture {name} cannot be read: {error}; replace or remove it.") from error
+        try:
+            check_labels(np.asarray([label]), self.num_classes, f"picture {index}")
+        except DataError as error:
+            raise PictureError(str(error)) from error
         with _drawing(self.seed, epoch, index):
             return self.transform(picture), torch.tensor(int(label))
 
@@ -83,6 +99,9 @@ def load_pictures(
     seed: int,
     mean: Sequence[float] | None,
     std: Sequence[float] | None,
+    crop_pct: float | None,
+    crop_mode: str | None,
+    interpolation: str | None,
     train_split: str,
     val_split: str,
     transform_kwargs: Mapping[str, Any],
@@ -99,6 +118,9 @@ def load_pictures(
         seed: Of the augmentation.
         mean: Of each channel; None for ImageNet's.
         std: Of each channel; None for ImageNet's.
+        crop_pct: Share of the scaled picture, along each side, that scoring and testing see; None for timm's 0.875.
+        crop_mode: How it is scaled and cropped: `"center"`, `"squash"` or `"border"`; None for the first.
+        interpolation: In scaling pictures; None for `"bilinear"`.
         train_split: Name of the training part, for timm's data sets.
         val_split: Name of the part to test on, for timm's data sets.
         transform_kwargs: Further arguments of `timm.data.create_transform` for training.
@@ -108,6 +130,12 @@ def load_pictures(
     """
     if in_chans not in _MODES:
         raise DataError(f"Pictures have 1 or 3 channels, got in_chans={in_chans}.")
+    choices = {"interpolation": (interpolation, _INTERPOLATIONS), "crop_mode": (crop_mode, _CROP_MODES)}
+    for what, (value, known) in choices.items():
+        if value is not None and value not in known:
+            raise DataError(f"Expected {what} to be one of {', '.join(known)}, got {value!r}.")
+    if crop_pct is not None and not crop_pct > 0:
+        raise DataError(f"Expected a crop_pct above 0, got {crop_pct}.")
     size = img_size or 224
     shape = (in_chans, size, size)
     gray = in_chans == 1
@@ -122,8 +150,11 @@ def load_pictures(
     for labels, what in ((train_labels, "training"), (test_labels, "test")):
         check_labels(labels, classes, f"the {what} pictures of {name!r}")
 
+    given = {"interpolation": interpolation, "crop_pct": crop_pct, "crop_mode": crop_mode}
+    scaling = {key: value for key, value in given.items() if value is not None}
+
     def transform(augment: bool) -> Callable[[Image.Image], Tensor]:
-        extra = transform_kwargs if augment else {}
+        extra = {**scaling, **transform_kwargs} if augment else scaling
         try:
             made: Callable[[Image.Image], Tensor] = create_transform(
                 shape, is_training=augment, mean=means, std=stds, **extra

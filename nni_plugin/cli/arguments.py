@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import json
 import math
+import re
+from ast import literal_eval
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import jsonargparse
+import yaml
 
 from nni_plugin.errors import TrainingError
 from nni_plugin.machine import usable_device
@@ -16,6 +20,16 @@ from nni_plugin.machine import usable_device
 LIBRARIES = ("timm", "torchvision", "nni_plugin")
 LARGEST_SEED = 2**32 - 1
 """The most that every random generator takes."""
+
+# Arguments of a model's builder that have flags of their own.
+_FLAGS = {
+    "name": "--model",
+    "library": "--library",
+    "num_classes": "--num-classes",
+    "in_chans": "--in-chans",
+    "pretrained": "--pretrained",
+    "checkpoint": "--checkpoint",
+}
 
 
 class BadValue(argparse.ArgumentTypeError, ValueError):
@@ -160,6 +174,49 @@ def fractions(text: Any) -> dict[str, float]:
     return {name.strip(): number(value.strip()) for name, _, value in pairs}
 
 
+def model_kwargs(text: Any) -> dict[str, Any]:
+    """Read further arguments of a model's builder: a dict, from YAML or as JSON, or `name=value` as timm has it.
+
+    Example:
+        >>> model_kwargs("drop_path_rate=0.1,act_layer=silu"), model_kwargs('{"img_size": 64}')
+        ({'drop_path_rate': 0.1, 'act_layer': 'silu'}, {'img_size': 64})
+    """
+    content = text
+    if isinstance(text, str):
+        # Only what stands before a further name parts two values: a list holds commas too.
+        pairs = [part.partition("=") for part in re.split(r"[,\s]+(?=\w+=)", text.strip())]
+        if all(name.isidentifier() and value for name, _, value in pairs):
+            content = {name: _literal(value) for name, _, value in pairs}
+        else:
+            content = _mapping(text)
+    if not isinstance(content, Mapping):
+        raise BadValue(
+            f"expected name=value separated by commas, such as drop_path_rate=0.1,img_size=64, or a dict, got {text!r}"
+        )
+    for name in content:
+        if name in _FLAGS:
+            raise BadValue(f"{name!r} has a flag of its own: give {_FLAGS[name]} instead")
+    return {str(name): value for name, value in content.items()}
+
+
+def _literal(text: str) -> Any:
+    """Return what a literal of JSON or Python stands for; any other text is itself."""
+    for read in (json.loads, literal_eval):
+        try:
+            return read(text)
+        except (ValueError, SyntaxError):
+            continue
+    return text
+
+
+def _mapping(text: str) -> Any:
+    """Return what YAML makes of a text, JSON included; None where it makes nothing of it."""
+    try:
+        return jsonargparse.get_loader("yaml")(text)
+    except yaml.YAMLError:
+        return None
+
+
 def device_name(text: Any) -> str:
     """Read the name of a device, and try whether it computes.
 
@@ -178,9 +235,9 @@ def add_model(parser: jsonargparse.ArgumentParser, *, required: bool) -> None:
     add = parser.add_argument
     add("--model", type=str, required=required, help="name of the model in its library, e.g. resnet18")
     add("--library", type=str, choices=LIBRARIES, default="timm", help="where the model comes from")
-    add("--checkpoint", type=Path, help="weights to start from (.safetensors, or a state dict of torch)")
+    add("--checkpoint", type=Path, help="weights to start from (.safetensors, or a file of torch or timm's train.py)")
     add("--pretrained", action="store_true", help="start from the library's published weights (downloads)")
-    add("--model-kwargs", type=dict, default={}, help="further arguments of its builder, e.g. '{\"img_size\": 64}'")
+    add("--model-kwargs", type=model_kwargs, default={}, help="further arguments of its builder: img_size=64,depth=2")
 
 
 def add_data(parser: jsonargparse.ArgumentParser) -> None:
@@ -190,16 +247,34 @@ def add_data(parser: jsonargparse.ArgumentParser) -> None:
     add("--data-dir", type=Path, help="folder of the data (Fashion-MNIST: the one with the four IDX .gz files)")
     add("--num-classes", type=above(1), help="number of classes (that of the data set)")
     add("--in-chans", type=above(1), default=3, help="channels of the images; gray ones are repeated")
-    add("--img-size", type=above(1), help="height and width of the images (that of the data set)")
+    add("--img-size", type=above(1), help="height and width of the images (pictures: the model's, else the data set's)")
+    add("--mean", type=number, nargs="+", help="mean of each channel of the images (likewise)")
+    add("--std", type=number, nargs="+", help="standard deviation of each channel (likewise)")
+    add("--crop-pct", type=number, help="share of the side of a scaled picture to score and test on (the model's)")
+    add("--interpolation", type=str, help="in scaling pictures: bilinear, bicubic, ... (the model's)")
     add("-b", "--batch-size", type=above(1), default=128, help="images in a minibatch")
-    add("-j", "--workers", type=above(0), default=0, help="processes that load images (0: none needed in memory)")
+    add("-j", "--workers", type=above(0), help="processes that load images (picture files: 4, at most one a CPU)")
 
 
 def data_kwargs(arguments: Any) -> dict[str, Any]:
-    """Return what `create_loaders` takes beside the name and the folder of the data."""
-    names_of = {"num_workers": "workers"}
-    wanted = ("batch_size", "img_size", "in_chans", "num_classes", "num_workers")
-    return {name: arguments[names_of.get(name, name)] for name in wanted}
+    """Return what `create_loaders` takes beside the name and the folder of the data.
+
+    Pictures are as a model of timm wants them, but for what was asked otherwise.
+
+    Raises:
+        DataError: There is no such data set.
+    """
+    from nni_plugin.adapters.data import is_in_memory
+    from nni_plugin.adapters.models import picture_format
+
+    asked = {name: arguments[name] for name in ("batch_size", "img_size", "in_chans", "num_classes")}
+    asked["num_workers"] = arguments.workers
+    of_format = {name: arguments[name] for name in ("mean", "std", "crop_pct", "interpolation")}
+    asked |= {name: value for name, value in of_format.items() if value is not None}
+    if is_in_memory(arguments.dataset):
+        return asked
+    wanted = picture_format(arguments.model, arguments.library, in_chans=arguments.in_chans)
+    return asked | {name: value for name, value in wanted.items() if asked.get(name) is None}
 
 
 def add_common(parser: jsonargparse.ArgumentParser, *, output_required: bool) -> None:

@@ -2,14 +2,17 @@
 
 import gzip
 import hashlib
+import multiprocessing
 import pickle
 import random
 import struct
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import timm
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
@@ -21,6 +24,7 @@ from torchvision import datasets
 from nni_plugin.adapters.data import DATASETS, DataSplits, create_loaders
 from nni_plugin.adapters.data.sampling import stratified_split
 from nni_plugin.adapters.data.tensors import Augmentation, Format, TensorImages
+from nni_plugin.adapters.models import picture_format
 from nni_plugin.errors import DataError
 
 IDX = [
@@ -343,6 +347,36 @@ def test_image_folder_in_gray_and_with_timms_arguments(tmp_path: Path) -> None:
         create_loaders("ImageFolder", root, batch_size=4, transform_kwargs={"no_such": 1})
 
 
+def test_pictures_in_the_format_of_a_model(tmp_path: Path) -> None:
+    root = write_folders(tmp_path, count=2)
+    splits = create_loaders("ImageFolder", root, batch_size=2, **picture_format("test_vit"))
+    config = timm.data.resolve_model_data_config(timm.create_model("test_vit"))
+    transform = timm.data.create_transform(**config)
+    pictures = [transform(picture) for picture, _ in datasets.ImageFolder(str(root / "val"))]
+    assert splits.mean == (0.5, 0.5, 0.5)
+    assert splits.input_shape == (3, 160, 160)
+    assert torch.equal(gathered(splits.test)[0], torch.stack(pictures))
+    assert str(transform.transforms[0]) in str(splits.score.dataset.transform)  # type: ignore[attr-defined]
+    assert "bicubic" in str(splits.train.dataset.transform)  # type: ignore[attr-defined]
+    wide = create_loaders("ImageFolder", root, batch_size=2, img_size=16, crop_mode="squash", crop_pct=1.0)
+    assert not torch.equal(
+        gathered(wide.test)[0], gathered(create_loaders("ImageFolder", root, batch_size=2, img_size=16).test)[0]
+    )
+
+
+def test_processes_that_load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def processes(dataset: str) -> int:
+        return create_loaders(dataset, root, batch_size=2, num_workers=None).train.num_workers
+
+    root = write_folders(tmp_path, count=2)
+    for usable, expected in ((64, 4), (2, 2)):
+        monkeypatch.setattr("os.sched_getaffinity", lambda pid, n=usable: set(range(n)), raising=False)
+        assert processes("ImageFolder") == expected
+    assert processes("digits") == 0
+    monkeypatch.setattr(multiprocessing, "current_process", lambda: SimpleNamespace(daemon=True))
+    assert processes("ImageFolder") == 0
+
+
 def test_a_data_set_through_timm(tmp_path: Path) -> None:
     raw = write_idx(tmp_path / "QMNIST" / "raw", packed=False)
     for part in ("train", "test"):
@@ -392,6 +426,8 @@ def test_accelerate_keeps_the_epochs() -> None:
         ({"train_fraction_held_out": 1.0}, "below 1, got 1.0"),
         ({"mean": [0.1, 0.2]}, "for mean, one a channel, got 2"),
         ({"std": [0.0]}, "std above 0"),
+        ({"crop_pct": 0.9}, "takes no crop_pct; leave it out"),
+        ({"interpolation": "bicubic"}, "takes no interpolation; leave it out"),
     ],
 )
 def test_refused_arguments(arguments: dict[str, object], text: str) -> None:
@@ -475,11 +511,22 @@ def test_bad_image_folders(tmp_path: Path) -> None:
     root = write_folders(tmp_path / "b")
     with pytest.raises(DataError, match=r"num_classes=2|from 0 to 1"):
         create_loaders("ImageFolder", root, batch_size=4, num_classes=2)
+    for arguments, text in (
+        ({"crop_pct": 0.0}, "crop_pct above 0"),
+        ({"crop_mode": "middle"}, "crop_mode to be one of center, squash, border, got 'middle'"),
+        ({"interpolation": "random"}, "interpolation to be one of nearest, bilinear"),
+    ):
+        with pytest.raises(DataError, match=text):
+            create_loaders("ImageFolder", root, batch_size=4, **arguments)  # type: ignore[arg-type]
     assert create_loaders("ImageFolder", root, batch_size=4, num_classes=9).num_classes == 9
     (root / "train" / "ant" / "3.png").write_bytes((root / "train" / "ant" / "3.png").read_bytes()[:300])
     splits = create_loaders("ImageFolder", root, batch_size=6, img_size=8)
-    with pytest.raises(DataError, match=r"3\.png' cannot be read"):
+    with pytest.raises(DataError, match=r"3\.png' cannot be read") as here:
         list(splits.train)
+    elsewhere = create_loaders("ImageFolder", root, batch_size=6, img_size=8, num_workers=1)
+    with pytest.raises(DataError) as there:
+        list(elsewhere.train)
+    assert str(there.value) == str(here.value)
     (root / "val" / "ant").rename(root / "val" / "dog")
     with pytest.raises(DataError, match="only one of them has ant, dog"):
         create_loaders("ImageFolder", root, batch_size=4)

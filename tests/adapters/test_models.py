@@ -1,8 +1,9 @@
 """Models by name: identity, rebuilding, weights from files, and every refusal."""
 
+import argparse
 import copy
 import json
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from urllib.error import URLError
 
 import pytest
@@ -14,6 +15,7 @@ from torch import nn
 from torchvision.models import WeightsEnum
 
 from nni_plugin.adapters.models import build, create_model, identity_of
+from nni_plugin.adapters.weights import read_state_dict
 from nni_plugin.errors import ModelError
 from nni_plugin.plan import ModelIdentity
 
@@ -147,6 +149,44 @@ def test_checkpoint_forms(tmp_path: Path, wrap, suffix: str) -> None:  # type: i
         torch.save(content, path)
     model = create_model("resnet20", "nni_plugin", width_mult=0.25, checkpoint=path)
     assert all(torch.equal(value, source.state_dict()[key]) for key, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("averaged", [False, True])
+def test_checkpoint_of_timms_training_script(tmp_path: Path, averaged: bool) -> None:
+    model, ema = timm.create_model("test_resnet", num_classes=3), timm.create_model("test_resnet", num_classes=3)
+    arguments = argparse.Namespace(
+        model="test_resnet", data_dir=tmp_path, log=PureWindowsPath("C:/log"), device=torch.device("cpu"), mean=None
+    )
+    saver = timm.utils.CheckpointSaver(
+        model,
+        torch.optim.SGD(model.parameters(), lr=0.1),
+        args=arguments,
+        model_ema=ema if averaged else None,
+        checkpoint_dir=str(tmp_path),
+    )
+    saver.save_checkpoint(0, metric=71.5)
+    file = tmp_path / "model_best.pth.tar"
+    loaded = create_model("test_resnet", num_classes=3, checkpoint=file).state_dict()
+    theirs = timm.create_model("test_resnet", num_classes=3)
+    timm.models.load_checkpoint(theirs, str(file), weights_only=False)  # timm takes no paths among the arguments
+    expected = (ema if averaged else model).state_dict()
+    assert all(torch.equal(value, expected[key]) for key, value in loaded.items())
+    assert all(torch.equal(value, expected[key]) for key, value in theirs.state_dict().items())
+    assert argparse.Namespace not in torch.serialization.get_safe_globals()
+
+
+class _Foreign:
+    """A class of the user's own beside the weights."""
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_class_that_a_checkpoint_may_not_hold_is_named(tmp_path: Path, zipped: bool) -> None:
+    path = tmp_path / "weights.pt"
+    torch.save({"state_dict": {}, "own": _Foreign()}, path, _use_new_zipfile_serialization=zipped)
+    with pytest.raises(ModelError, match=r"_Foreign; save model\.state_dict\(\) alone, or as \.safetensors") as caught:
+        read_state_dict(path)
+    assert "\x1b" not in str(caught.value)
+    assert "damaged" not in str(caught.value)
 
 
 def test_damaged_checkpoints(tmp_path: Path) -> None:
