@@ -52,6 +52,27 @@ from nni_plugin.stages import check_stages, turns, turns_by_make
 Selection = Literal["all", "skip-only", "no-skip"]
 
 
+def checked_criterion(criterion: Any) -> Criterion | ForeignCriterion:
+    """Return a criterion as it is.
+
+    Args:
+        criterion: What was given as one.
+
+    Raises:
+        CriterionError: It is a name, a class or anything else that cannot be called with a group.
+    """
+    if isinstance(criterion, type):
+        raise CriterionError(
+            f"Expected a criterion, got the class {criterion.__name__}: give an instance, {criterion.__name__}()."
+        )
+    if not callable(criterion):
+        raise CriterionError(
+            "Expected a criterion, such as TaylorFO() or nni_plugin.methods.create_criterion('taylor-fo'), "
+            f"got {criterion!r}."
+        )
+    return criterion  # type: ignore[no-any-return]
+
+
 class ChannelPruner:
     """Drives one network to a budget by a criterion and a schedule.
 
@@ -76,11 +97,12 @@ class ChannelPruner:
         parts: Which parts of a transformer may shrink: `"heads"` or `"head_dim"`, `"mlp"`, `"embedding"`.
         cut: When channels leave the network physically.
         optimizer: The optimizer that trains the network, to be cut along; a training state sets it too.
-        ema: A moving average of the network, likewise.
+        ema: A moving average of the network, likewise; to be updated after `on_step()`.
 
     Raises:
         GraphError: The network cannot be traced, or nothing in it may be pruned.
-        BudgetError: The budget cannot be met even with every group at its smallest.
+        BudgetError: The budget is none, or cannot be met even with every group at its smallest.
+        CriterionError: The criterion is none, such as a name or a class.
     """
 
     def __init__(
@@ -108,10 +130,14 @@ class ChannelPruner:
             raise ScheduleError(f"cut must be 'end', 'step' or 'never', got {cut!r}.")
         if select not in ("all", "skip-only", "no-skip"):
             raise GraphError(f"select must be 'all', 'skip-only' or 'no-skip', got {select!r}.")
+        if not isinstance(budget, Budget):
+            raise BudgetError(
+                f"Expected a budget, such as MACs(0.5), Params(0.5), Channels(100) or Latency(0.5), got {budget!r}."
+            )
         self.model, self.example_inputs = model, example_inputs
         self.budget, self.schedule = budget, schedule or OneShot()
         self.round_to, self.min_channels, self.cut_when = rounding_of(round_to, model), min_channels, cut
-        self.scorer = Scorer(criterion)
+        self.scorer = Scorer(checked_criterion(criterion))
         self.select, self.divide_by_blocks, self.stages = select, divide_by_blocks, dict(stages or {})
         self.isomorphic, self.parts = isomorphic, checked_parts(parts)
         if isomorphic and self.stages:
@@ -283,7 +309,10 @@ class ChannelPruner:
                 self.parity = verify(self.model, plan, self._inputs(), groups=self._all_groups)
                 if not self.parity.ok:
                     raise SurgeryError(f"{self.parity}. The network is unchanged; leave layers whole with `ignore`.")
+            watching = self.scorer.collecting
             self._remove_physically(plan)
+            if watching:  # cut by the caller, in the middle of a window
+                self.open()
 
     def state_dict(self) -> dict[str, Any]:
         """Return everything needed to go on, as nested dicts of tensors and numbers."""
@@ -349,7 +378,10 @@ class ChannelPruner:
         return not (self.scorer.is_ranking or self.stages or self.isomorphic)
 
     def _due(self) -> bool:
-        return self.schedule.due(self._since_check, self._loss_sum / max(self._since_check, 1))
+        if not self.schedule.due(self._since_check, -math.inf):
+            return False  # too early at any loss: nothing to exchange
+        mean_loss = pooled_mean(self._loss_sum, self._since_check)  # of all processes, or they would part here
+        return mean_loss is not None and self.schedule.due(self._since_check, mean_loss)
 
     def _ranking(self, scores: Mapping[str, Tensor]) -> Ranking:
         if self.divide_by_blocks and not self.scorer.is_ranking:
@@ -386,7 +418,7 @@ class ChannelPruner:
             self._compensate(said.factors)
             self._masks.remove(kept)
             self._masks.zero_weights()
-            if self.ema is not None:  # once: an average of zeros stays zero
+            if self.ema is not None:  # once: updated after on_step, the average of zeros stays zero
                 average = Masks(self.ema, self.groups)
                 average.remove(kept)
                 average.zero_weights()
@@ -433,6 +465,7 @@ class ChannelPruner:
                 cut_channels(self.ema, plan, self._all_groups)
         kept = self.live.kept
         self.scorer.narrow(kept)
+        self._since_check, self._window, self._loss_sum = 0, 0, 0.0
         groups = narrowed(self._all_groups, kept)
         self.live.narrow()
         if self.scorer.foreign and not self.done:

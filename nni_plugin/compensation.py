@@ -17,6 +17,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from nni_plugin.errors import DataError
 from nni_plugin.groups import ChannelGroup
+from nni_plugin.processes import several, summed
 from nni_plugin.tensors import tensor_of
 
 
@@ -44,44 +45,82 @@ def fold_factors(model: nn.Module, groups: Iterable[ChannelGroup], factors: Mapp
 def reestimate_batchnorm(model: nn.Module, batches: Iterable[Any], forward: Callable[[nn.Module, Any], Any]) -> None:
     """Estimate the running statistics of all batch normalisations anew, as plain means over minibatches.
 
+    With a process group of `torch.distributed` every process calls this, each with its share of the minibatches; all
+    get the means over all of them.
+
     Args:
-        model: Changed in place: running means and variances only. Modes and momenta are put back.
+        model: Changed in place: running means and variances only, of normalisations that run. Modes and momenta are
+            put back.
         batches: Minibatches, large enough for statistics (64 and more).
         forward: `forward(model, batch)` runs the network; what it returns is not used.
 
     Raises:
-        DataError: There is no minibatch; the statistics are unchanged.
+        DataError: There is no minibatch, or one leaves statistics that are not finite; the statistics are unchanged.
     """
-    norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.running_mean is not None]
+    norms = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, _BatchNorm) and module.running_mean is not None
+    }
     modes = {module: module.training for module in model.modules()}
-    momenta = {norm: norm.momentum for norm in norms}
-    before = [(norm.running_mean.clone(), norm.running_var.clone(), norm.num_batches_tracked.clone()) for norm in norms]  # type: ignore[union-attr]
+    momenta = {norm: norm.momentum for norm in norms.values()}
+    before = {norm: [buffer.clone() for buffer in _statistics(norm)] for norm in norms.values()}
     complete = False
     model.eval()
     try:
-        for norm in norms:
+        for norm in norms.values():
             norm.reset_running_stats()
             norm.momentum = None
             norm.train()
+        minibatches = 0
         for batch in batches:
             forward(model, batch)
-            complete = True
-    except BaseException:
-        complete = False
-        raise
+            minibatches += 1
+        if not int(summed(torch.tensor(minibatches))):
+            raise DataError("There is no minibatch to estimate the statistics of batch normalisations on.")
+        for name, norm in norms.items():
+            _pool(norm)
+            if int(_statistics(norm)[2]) == 0:  # the forward pass does not come here
+                _put(norm, before[norm])
+            else:
+                _check_finite(name, *_statistics(norm))
+        complete = True
     finally:
         for module, training in modes.items():
             module.training = training
-        for norm in norms:
+        for norm in norms.values():
             norm.momentum = momenta[norm]
-        if not complete:
-            for norm, values in zip(norms, before, strict=True):
-                for buffer, value in zip(
-                    (norm.running_mean, norm.running_var, norm.num_batches_tracked), values, strict=True
-                ):
-                    buffer.copy_(value)  # type: ignore[union-attr]
-    if not complete:
-        raise DataError("There is no minibatch to estimate the statistics of batch normalisations on.")
+            if not complete:
+                _put(norm, before[norm])
+
+
+def _statistics(norm: _BatchNorm) -> list[Tensor]:
+    """Return running mean and variance, and the number of minibatches behind them."""
+    return [norm.running_mean, norm.running_var, norm.num_batches_tracked]  # type: ignore[list-item]
+
+
+def _put(norm: _BatchNorm, values: Iterable[Tensor]) -> None:
+    for buffer, value in zip(_statistics(norm), values, strict=True):
+        buffer.copy_(value)
+
+
+def _pool(norm: _BatchNorm) -> None:
+    """Make the means over this process's minibatches those over the minibatches of all processes."""
+    if not several():
+        return
+    mean, variance, minibatches = (buffer.double().cpu() for buffer in _statistics(norm))
+    # A process that this normalisation has not run in has no statistics to add.
+    total, *sums = summed(torch.stack([torch.ones_like(mean), mean, variance]) * minibatches)
+    _put(norm, [*(value / total.clamp(min=1) for value in sums), total[0]])
+
+
+def _check_finite(name: str, *statistics: Tensor) -> None:
+    """Raise unless the statistics of a normalisation are finite."""
+    if not all(bool(values.isfinite().all()) for values in statistics):
+        raise DataError(
+            f"Statistics of the batch normalisation {name!r} would not be finite: look for NaN or infinite values in "
+            "the minibatches, or for activations beyond the range of their type. The model is unchanged."
+        )
 
 
 @torch.no_grad()
@@ -101,9 +140,13 @@ def anchor_batchnorm(model: nn.Module, batches: Iterable[Any], forward: Callable
         forward: `forward(model, batch)` runs the network; what it returns is not used.
 
     Raises:
-        DataError: There is no minibatch; nothing has changed.
+        DataError: There is no minibatch, or one leaves statistics that are not finite; nothing has changed.
     """
-    norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.running_mean is not None and m.affine]
+    norms = {
+        module: name
+        for name, module in model.named_modules()
+        if isinstance(module, _BatchNorm) and module.running_mean is not None and module.affine
+    }
     sums: dict[_BatchNorm, list[Tensor]] = {}
 
     def gather(norm: _BatchNorm, inputs: tuple[Tensor, ...]) -> None:
@@ -128,9 +171,12 @@ def anchor_batchnorm(model: nn.Module, batches: Iterable[Any], forward: Callable
             module.training = training
     if not ran:
         raise DataError("There is no minibatch to take the statistics of batch normalisations on.")
+    taken = {}
     for norm, (total, first, second) in sums.items():
         mean = first / total
-        variance = (second / total - mean.square()).clamp(min=0)
+        taken[norm] = mean, (second / total - mean.square()).clamp(min=0)
+        _check_finite(norms[norm], *taken[norm])
+    for norm, (mean, variance) in taken.items():
         assert isinstance(norm.running_mean, Tensor)
         assert isinstance(norm.running_var, Tensor)
         before = (norm.running_var.double() + norm.eps).sqrt()

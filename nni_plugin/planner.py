@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence, Sized
 from contextlib import contextmanager
 from typing import Any
@@ -12,9 +11,10 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from nni_plugin.budgets import Budget
-from nni_plugin.channel_pruner import ChannelPruner, Selection
+from nni_plugin.channel_pruner import ChannelPruner, Selection, checked_criterion
 from nni_plugin.compensation import reestimate_batchnorm
 from nni_plugin.criteria.base import Criterion
+from nni_plugin.criteria.rerun import RandomState
 from nni_plugin.errors import CriterionError, ScheduleError
 from nni_plugin.groups import ChannelGroup
 from nni_plugin.parts import DEFAULT_PARTS
@@ -77,8 +77,10 @@ def plan_channels(
         The plan; `plan.explain()` shows it, `plan.apply(model, example_inputs)` does it.
 
     Raises:
-        BudgetError: The budget cannot be met; the text says what can be reached.
-        CriterionError: There is no batch, a loss is not finite, or a layer lacks gradients.
+        BudgetError: The budget is none, or cannot be met; the text says what can be reached.
+        CriterionError: The criterion is none (such as a name), there is no batch, a loss is not finite, or a layer
+            lacks gradients.
+        DataError: With `reestimate`, the minibatches leave a normalisation without finite statistics.
         GraphError: The network cannot be traced, or nothing may be pruned.
     """
     with unchanged(model):
@@ -204,9 +206,10 @@ def score_groups(
         out.
 
     Raises:
-        CriterionError: There is no batch, a score is not a number, or a layer lacks what is needed.
+        CriterionError: The criterion is none (such as a name), there is no batch, a score is not a number, or a layer
+            lacks what is needed.
     """
-    scorer = Scorer(criterion)
+    scorer = Scorer(checked_criterion(criterion))
     scorer.evaluate_with(loss_fn)
     with unchanged(model):
         model.eval()
@@ -230,17 +233,17 @@ def score_groups(
 
 @contextmanager
 def unchanged(model: nn.Module) -> Iterator[None]:
-    """Put back a network's weights, buffers, gradients and modes, and the random state, at the end."""
+    """Put back a network's weights, buffers, gradients and modes, and the random state of the CPU and its device."""
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     values = {name: tensor.detach().clone() for name, tensor in tensors.items()}
     gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
     modes = {module: module.training for module in model.modules()}
-    random = copy.copy(torch.random.get_rng_state())
+    random = RandomState(next((tensor.device for tensor in tensors.values()), torch.device("cpu")))
     model.zero_grad(set_to_none=True)
     try:
         yield
     finally:
-        torch.random.set_rng_state(random)
+        random.restore()
         with torch.no_grad():
             for name, tensor in tensors.items():
                 tensor.copy_(values[name])

@@ -28,18 +28,29 @@ class Scorer:
     """Gathers what a criterion needs and keeps the moving average of its scores.
 
     Args:
-        criterion: One of ours (what it has collected before is forgotten), or any stock importance of Torch-Pruning.
+        criterion: One of ours (what it has collected before is forgotten), or a stock importance of Torch-Pruning.
+
+    Raises:
+        CriterionError: An importance works inside a pruner of Torch-Pruning alone.
     """
 
     def __init__(self, criterion: Criterion | ForeignCriterion) -> None:
+        if hasattr(criterion, "_prepare_model"):
+            raise CriterionError(
+                f"{type(criterion).__name__} works in Torch-Pruning's own pruners alone, which put its hooks on the "
+                "layers. Plan with another importance, or with nni_plugin.criteria.TaylorFisher(), which reads squared "
+                "gradients of every sample too. The model is unchanged."
+            )
         self.criterion = criterion
+        self._loss_fn: Callable[[nn.Module, Any], Tensor] | None = None
         if isinstance(criterion, Criterion):
             criterion.reset()
         self.range: dict[str, tuple[float, float]] = {}
         self._average: dict[str, Tensor] = {}
         self._fresh: dict[str, Tensor] = {}
         self._stack = ExitStack()
-        self._collecting = False
+        self.collecting = False
+        """Whether it watches a network."""
 
     @property
     def foreign(self) -> bool:
@@ -65,14 +76,21 @@ class Scorer:
 
     def open(self, model: nn.Module, groups: Sequence[ChannelGroup]) -> None:
         """Start watching, before the forward pass of the first minibatch; nothing when watching already."""
-        if isinstance(self.criterion, Criterion) and not self._collecting:
-            self._stack.enter_context(self.criterion.collect(model, groups))
-            self._collecting = True
+        if isinstance(self.criterion, Criterion) and not self.collecting:
+            with ExitStack() as stack:
+                if self.criterion.needs_batch and self.criterion.loss_fn is None:
+                    self.criterion.loss_fn = self._loss_fn  # lent: the criterion may serve another planner later
+                    stack.callback(setattr, self.criterion, "loss_fn", None)
+                stack.enter_context(self.criterion.collect(model, groups))
+                self._stack = stack.pop_all()
+            self.collecting = True
 
     def evaluate_with(self, loss_fn: Callable[[nn.Module, Any], Tensor]) -> None:
-        """Give the loss to a criterion that runs the network itself, unless it was built with one."""
-        if isinstance(self.criterion, Criterion) and self.criterion.needs_batch and self.criterion.loss_fn is None:
-            self.criterion.loss_fn = loss_fn
+        """Say what a criterion measures that runs the network itself, unless it was built with a loss.
+
+        It has this loss from `open` to `close`.
+        """
+        self._loss_fn = loss_fn
 
     def backward(
         self, model: nn.Module, batch: Any, loss_fn: Callable[[nn.Module, Any], Tensor], *, create_graph: bool = False
@@ -201,11 +219,13 @@ class Scorer:
         """Follow a physical cut: the averages keep only these channels."""
         self._average = {name: score[kept[name]] for name, score in self._average.items()}
         self.close()
+        if isinstance(self.criterion, Criterion):
+            self.criterion.reset()  # a window that is open, when the caller cuts, is of the wider network
 
     def close(self) -> None:
         """Stop collecting; whatever was put on the network leaves it."""
         self._stack.close()
-        self._collecting = False
+        self.collecting = False
 
     def state_dict(self) -> dict[str, Any]:
         """Return averages, ranges and the open window."""

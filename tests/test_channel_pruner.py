@@ -15,7 +15,7 @@ from torch.optim import SGD
 
 from nni_plugin import ChannelPruner, Channels, Continuous, Iterative, MACs, OneShot, Params, PruningPlan, count
 from nni_plugin.adapters.torch_pruning import find_groups
-from nni_plugin.criteria import TaylorFO
+from nni_plugin.criteria import TaylorFisher, TaylorFO
 from nni_plugin.criteria.base import Criterion
 from nni_plugin.errors import BudgetError, CriterionError, GraphError, ScheduleError
 from nni_plugin.groups import ChannelGroup
@@ -169,6 +169,17 @@ def test_a_skipped_check_is_not_repeated_at_the_next_minibatch() -> None:
     )
     # "Minibatches between checks": the check after the third is skipped, the next comes after the sixth.
     assert drive(pruner, [2.0, 2.0, 2.0, 0.1, 0.1, 0.1]) == [22] * 5 + [20]
+
+
+@pytest.mark.parametrize("criterion", [TaylorFO, TaylorFisher])
+def test_cut_by_the_caller_within_a_window_which_begins_anew(criterion: Any) -> None:
+    pruner = ChannelPruner(network(), X, criterion(), Channels(16), schedule=Iterative(2, 3), cut="never")
+    with pruner:
+        assert drive(pruner, [1.0] * 5) == [22, 22, 20, 20, 20]
+        pruner.cut()
+        with pytest.raises(ScheduleError, match="No minibatch"):
+            pruner.finish()
+        assert drive(pruner, [1.0] * 6) == [20, 20, 18, 18, 18, 16]
 
 
 def test_a_skipped_window_goes_on_growing() -> None:

@@ -1,6 +1,7 @@
 """Factors folded into writers, and statistics of batch normalisations estimated anew."""
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -55,6 +56,40 @@ def test_without_minibatches_nothing_changes(model: nn.Module) -> None:
     with pytest.raises(DataError, match="no minibatch"):
         reestimate_batchnorm(model, [], lambda network, batch: network(batch))
     assert_same(model, before)
+
+
+class _WithAuxiliaryHead(nn.Module):
+    """A head that training alone would run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.norm = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)
+        self.auxiliary = nn.Sequential(nn.Conv2d(4, 5, 3), nn.BatchNorm2d(5))
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.norm(self.stem(images))
+
+
+def test_a_normalisation_that_does_not_run_keeps_its_statistics() -> None:
+    torch.manual_seed(0)
+    model = _WithAuxiliaryHead()
+    model.auxiliary(torch.randn(8, 4, 6, 6) * 3 + 1)
+    before = state_of(model.auxiliary)
+    reestimate_batchnorm(model, [torch.randn(8, 3, 8, 8)], lambda network, batch: network(batch))
+    assert_same(model.auxiliary, before)
+    assert int(model.norm.num_batches_tracked) == 1
+
+
+@pytest.mark.parametrize("settle", [reestimate_batchnorm, anchor_batchnorm])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_statistics_that_are_not_finite_are_refused(model: nn.Module, settle: Any, bad: float) -> None:
+    batches = [torch.randn(8, 3, 8, 8, dtype=torch.float64) for _ in range(3)]
+    batches[1][2, 0, 4, 4] = bad
+    before = state_of(model)
+    with pytest.raises(DataError, match="'bn1' would not be finite"):
+        settle(model, batches, lambda network, batch: network(batch))
+    assert_same(model, before)
+    assert not model.training
 
 
 def test_without_batch_normalisation_nothing_happens() -> None:

@@ -12,7 +12,17 @@ from gated import batches, loss_of
 from networks_at_random import Branches, conv_bn, randomise
 from torch import nn
 
-from nni_plugin import Channels, Iterative, PruningPlan, plan_channels
+from nni_plugin import (
+    ChannelPruner,
+    Channels,
+    Continuous,
+    Gradual,
+    Iterative,
+    PruningPlan,
+    plan_channels,
+    reestimate_batchnorm,
+)
+from nni_plugin.criteria import TaylorFO
 from nni_plugin.methods import create_criterion
 
 METHODS = (
@@ -27,6 +37,7 @@ METHODS = (
     "tp:magnitude",
 )
 PROCESSES = 2
+SETTLED: dict[str, Any] = {"number": 3, "schedule": Gradual(2), "reestimate": True}
 
 
 def network() -> nn.Module:
@@ -36,25 +47,55 @@ def network() -> nn.Module:
     return randomise(nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(5, 3)))
 
 
-def plan_of(method: str, rank: int = 0, processes: int = 1, schedule: Any = None) -> PruningPlan:
-    """Plan on this process's minibatches, those that follow each other."""
-    data = batches(4)
-    share = data[rank * len(data) // processes : (rank + 1) * len(data) // processes]
+def share_of(data: list[Any], rank: int, processes: int) -> list[Any]:
+    """Return the minibatches of one process, those that follow each other."""
+    return data[rank * len(data) // processes : (rank + 1) * len(data) // processes]
+
+
+def plan_of(method: str, rank: int = 0, processes: int = 1, number: int = 4, **options: Any) -> PruningPlan:
+    """Plan on this process's minibatches."""
+    data, model = batches(number), network()
+    share = share_of(data, rank, processes)
+    return plan_channels(model, data[0][0], create_criterion(method), share, loss_of, Channels(9), **options)
+
+
+def settled(rank: int = 0, processes: int = 1, number: int = 3) -> dict[str, torch.Tensor]:
+    """Return what a network holds once its statistics are those of the minibatches; of 3, two have 1 and 2."""
     model = network()
-    return plan_channels(model, data[0][0], create_criterion(method), share, loss_of, Channels(9), schedule=schedule)
+    reestimate_batchnorm(model, share_of(batches(number), rank, processes), loss_of)
+    return model.state_dict()
+
+
+def losses_that_part(rank: int) -> list[int]:
+    """Channels left after each minibatch of a loop of one's own, whose losses part the processes at each check.
+
+    Mean losses at the checks: 2 in one process and 0.5 in the other, then 0.5 and 1, at a threshold of 1.
+    """
+    model, data = network(), batches(4)
+    pruner = ChannelPruner(model, data[0][0], TaylorFO(), Channels(9), schedule=Continuous(2, 2, 0.0, 1.0), cut="never")
+    left = []
+    for batch, loss in zip(data, ([3.0, 1.0, 0.5, 0.5], [0.5, 0.5, 0.9, 1.1])[rank], strict=True):
+        model.zero_grad()
+        loss_of(model, batch).backward()
+        pruner.on_backward(loss)
+        pruner.on_step()
+        left.append(pruner.size().channels)
+    return left
 
 
 def work(folder: Path, rank: int) -> None:
-    """What each process does: a plan by every method, then by several steps, then scores that differ by rank."""
+    """What each process does: plans by every method, by several steps, by scores that differ; then loops of its own."""
     torch.set_num_threads(1)
     init = f"file://{folder / 'meeting'}"
     torch.distributed.init_process_group("gloo", init_method=init, rank=rank, world_size=PROCESSES)
     plans = {method: plan_of(method, rank, PROCESSES).to_json() for method in METHODS}
-    plans["steps"] = plan_of("taylor-fisher", rank, PROCESSES, Iterative(3, 1)).to_json()
+    plans["steps"] = plan_of("taylor-fisher", rank, PROCESSES, schedule=Iterative(3, 1)).to_json()
+    plans["settled"] = plan_of("taylor-fo", rank, PROCESSES, **SETTLED).to_json()
     model, data = network(), batches(1)
     rounding = _ByRank(rank)
     plans["by rank"] = plan_channels(model, data[0][0], rounding, data, loss_of, Channels(9)).to_json()
-    torch.save(plans, folder / f"{rank}.pt")
+    statistics = {number: settled(rank, PROCESSES, number) for number in (1, 3)}
+    torch.save({"plans": plans, "settled": statistics, "left": losses_that_part(rank)}, folder / f"{rank}.pt")
     torch.distributed.destroy_process_group()
 
 
@@ -72,8 +113,8 @@ class _ByRank:
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, PruningPlan]]:
-    """The plans of each process, all methods in one go."""
+def done(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """What each process has found, all in one go."""
     folder = tmp_path_factory.mktemp("processes")
     command = [sys.executable, __file__, str(folder)]
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent / "support")}
@@ -87,8 +128,13 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, PruningPla
         for process in started:
             process.kill()
     assert [process.returncode for process in started] == [0] * PROCESSES, "\n".join(said)
-    plans = [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(PROCESSES)]
-    return [{name: PruningPlan.from_json(text) for name, text in one.items()} for one in plans]
+    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(PROCESSES)]
+
+
+@pytest.fixture(scope="module")
+def found(done: list[dict[str, Any]]) -> list[dict[str, PruningPlan]]:
+    """The plans of each process."""
+    return [{name: PruningPlan.from_json(text) for name, text in one["plans"].items()} for one in done]
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -135,6 +181,30 @@ def test_the_data_make_a_difference(found: list[dict[str, PruningPlan]]) -> None
     half = [plan_of("taylor-fisher", rank, PROCESSES) for rank in range(PROCESSES)]
     ranges = [[group.score_range for group in plan.groups] for plan in (*half, found[0]["taylor-fisher"])]
     assert ranges[2] not in (ranges[0], ranges[1])
+
+
+def test_statistics_are_those_of_all_minibatches(done: list[dict[str, Any]]) -> None:
+    """Also where the processes have unequal numbers of them, or one has none at all."""
+    for number in (1, 3):
+        alone = settled(number=number)
+        for one in done:
+            torch.testing.assert_close(one["settled"][number], alone, rtol=1e-9, atol=1e-12)
+    halves = [settled(rank, PROCESSES) for rank in range(PROCESSES)]
+    assert not any(torch.allclose(half["1.running_mean"], settled()["1.running_mean"]) for half in halves)
+
+
+def test_steps_on_statistics_taken_anew(found: list[dict[str, PruningPlan]]) -> None:
+    alone = plan_of("taylor-fo", **SETTLED)
+    assert len(alone.provenance["steps"]) == 2
+    for plans in found:
+        assert plans["settled"].kept() == alone.kept()
+        for group, expected in zip(plans["settled"].groups, alone.groups, strict=True):
+            assert group.score_range == pytest.approx(expected.score_range, rel=1e-9)
+
+
+def test_a_loss_decides_for_all_processes(done: list[dict[str, Any]]) -> None:
+    """A check is passed or skipped by the mean over all processes: 1.25, then 0.75, at a threshold of 1."""
+    assert [one["left"] for one in done] == [[15, 15, 15, 13]] * PROCESSES
 
 
 if __name__ == "__main__":

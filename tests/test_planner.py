@@ -22,12 +22,15 @@ from nni_plugin import (
     PruningPlan,
     count,
     plan_channels,
+    planner,
     verify,
 )
 from nni_plugin.adapters.torch_pruning import find_groups
 from nni_plugin.criteria import TaylorFO
+from nni_plugin.criteria.rerun import RandomState
 from nni_plugin.errors import BudgetError, CriterionError, GraphError, NNIPluginError
 from nni_plugin.networks import resnet20
+from nni_plugin.planner import score_groups, unchanged
 
 X = torch.randn(2, 3, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 
@@ -238,6 +241,24 @@ def test_planning_leaves_the_network_as_it_was(train: bool, schedule: Any) -> No
     assert_unchanged(model, before)
 
 
+def test_the_random_state_of_the_networks_device_is_put_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As torch keeps one for every GPU, and a network there draws from its own."""
+    told: list[Any] = []
+
+    class Random(RandomState):
+        def __init__(self, device: torch.device) -> None:
+            told.append(device)
+            super().__init__(torch.device("cpu"))
+
+        def restore(self) -> None:
+            told.append("restored")
+
+    monkeypatch.setattr(planner, "RandomState", Random)
+    with unchanged(residual().to("meta")):
+        told.append("inside")
+    assert told == [torch.device("meta"), "inside", "restored"]
+
+
 class Stop(Exception):
     pass
 
@@ -326,6 +347,34 @@ def test_an_unreachable_budget_and_an_unknown_layer() -> None:
         plan_of(model, MACs(0.001))
     with pytest.raises(GraphError, match="nowhere"):
         plan_of(model, MACs(0.5), ignore=["nowhere"])
+    assert_unchanged(model, before)
+
+
+@pytest.mark.parametrize("budget", [0.5, None, "0.5", MACs])
+def test_what_is_no_budget_is_refused(budget: Any) -> None:
+    model = residual()
+    before = snapshot(model)
+    with pytest.raises(BudgetError, match=r"such as MACs\(0\.5\).*, got "):
+        plan_channels(model, X, TaylorFO(), batches(), loss_fn, budget)
+    assert_unchanged(model, before)
+
+
+@pytest.mark.parametrize(
+    ("criterion", "text"),
+    [
+        ("taylor-fo", r"create_criterion\('taylor-fo'\), got 'taylor-fo'"),
+        (TaylorFO, r"got the class TaylorFO: give an instance, TaylorFO\(\)"),
+        (tp.importance.MagnitudeImportance, r"give an instance, MagnitudeImportance\(\)"),
+        (MACs(0.5), r"such as TaylorFO\(\).*, got MACs\(ratio=0\.5\)"),
+    ],
+)
+def test_what_is_no_criterion_is_refused(criterion: Any, text: str) -> None:
+    model = residual()
+    before = snapshot(model)
+    with pytest.raises(CriterionError, match=text):
+        plan_channels(model, X, criterion, batches(), loss_fn, MACs(0.5))
+    with pytest.raises(CriterionError, match=text):
+        score_groups(model, find_groups(model, X), criterion, batches(), loss_fn)
     assert_unchanged(model, before)
 
 

@@ -63,7 +63,10 @@ class Callback:
         """
 
     def on_step(self) -> None:
-        """Called after the optimizer's and the scheduler's step; the model may be shrunk here."""
+        """Called after the optimizer's and the scheduler's step, before the averaged copy follows.
+
+        The model may be shrunk here.
+        """
 
     def on_epoch_end(self, epoch: int, metrics: dict[str, float]) -> None:
         """Called after each epoch, before its checkpoint is written.
@@ -74,7 +77,10 @@ class Callback:
         """
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what a resumed run needs: tensors, numbers, strings, and lists, tuples or dicts of them."""
+        """Return what a resumed run needs: tensors, numbers, strings, and lists, tuples or dicts of them.
+
+        Of several processes each gets its own state back.
+        """
         return {}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:

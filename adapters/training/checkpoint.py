@@ -65,6 +65,17 @@ def set_rng_state(state: dict[str, Any]) -> None:
         torch.cuda.set_rng_state(state["cuda"])
 
 
+def on_cpu(value: Any) -> Any:
+    """Return what a callback has saved with its tensors on the CPU, so that another process can take it."""
+    if isinstance(value, torch.Tensor):
+        return value.detach().cpu()
+    if isinstance(value, dict):
+        return {key: on_cpu(item) for key, item in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(map(on_cpu, value))
+    return value
+
+
 def write_checkpoint(path: Path, settings: dict[str, Any], content: dict[str, Any]) -> None:
     """Write a checkpoint; `path` holds the old one or the new one at every moment, never a part of either.
 

@@ -16,6 +16,7 @@ from nni_plugin.adapters.training.batches import EpochBatches
 from nni_plugin.adapters.training.callbacks import Callback, TrainingState
 from nni_plugin.adapters.training.checkpoint import (
     checkpoint_path,
+    on_cpu,
     read_checkpoint,
     rng_state,
     set_rng_state,
@@ -46,8 +47,8 @@ def fit(
 ) -> History:
     """Train a classifier in place; with `config.model_ema`, it holds the averaged weights at the end.
 
-    Every minibatch: forward, loss, backward, `on_backward`, clipping, optimizer, averaging, scheduler,
-    `on_step`. The same call gives the same network bit for bit on the same machine (on a GPU, as far as its
+    Every minibatch: forward, loss, backward, `on_backward`, clipping, optimizer, scheduler, `on_step`,
+    averaging. The same call gives the same network bit for bit on the same machine (on a GPU, as far as its
     kernels repeat), also when killed at any moment and called again on a freshly built model with `resume`.
     The global random generators are left seeded, the model on the run's device, its modes as they were.
 
@@ -196,13 +197,14 @@ class _Run:
         self._lr = float(state.optimizer.param_groups[0]["lr"])
         self._optimizer.step()
         state.step += 1
-        if self._ema is not None and not skipped:
-            self._ema.update(state.model, step=state.step)
         if self._scheduler is not None:
             self._scheduler.step_update(state.step)
         if not skipped:
             for callback in self._callbacks:
                 callback.on_step()
+            # After the callbacks, of weights that are held at zero: momentum has moved them until then.
+            if self._ema is not None:
+                self._ema.update(state.model, step=state.step)
         return value
 
     def _end_epoch(self, test_loader: Any) -> None:
@@ -259,12 +261,15 @@ class _Run:
         if not _finite([tensor for tensor in weights.values() if tensor.is_floating_point()]):
             raise TrainingError(f"weights are not finite at step {state.step}, lower --lr")
         seconds = 0.0 if epoch_ended else time.perf_counter() - self._started
+        # Each process has gathered from its own minibatches.
+        callbacks = gather_object([on_cpu([callback.state_dict() for callback in self._callbacks])])
         content = {
             "step": state.step,
             "epoch": state.epoch,
             "history": self._history,
             "running": [self._loss_sum, self._images, seconds],
-            "callbacks": [callback.state_dict() for callback in self._callbacks],
+            "callbacks": callbacks[0],
+            "callbacks_of_others": callbacks[1:],
             "model": weights,
             # Holds the learning rate; timm's schedules have no state of their own.
             "optimizer": state.optimizer.state_dict(),
@@ -286,9 +291,11 @@ class _Run:
     def _restore(self, content: dict[str, Any]) -> dict[str, Any]:
         """Put every part back, callbacks first, and return the random state for the next minibatch."""
         state, accelerator = self._state, self._accelerator
+        rank = accelerator.process_index
         try:
+            states = content["callbacks"] if rank == 0 else content["callbacks_of_others"][rank - 1]
             # First, since a callback that had shrunk the model must shrink it again before its weights fit.
-            for callback, saved in zip(self._callbacks, content["callbacks"], strict=True):
+            for callback, saved in zip(self._callbacks, states, strict=True):
                 callback.load_state_dict(saved)
             state.model.load_state_dict(content["model"])
             state.optimizer.load_state_dict(content["optimizer"])
@@ -298,7 +305,7 @@ class _Run:
                 accelerator.scaler.load_state_dict(content["scaler"])
             self._history = content["history"]
             self._loss_sum, self._images, self._seconds = content["running"]
-            rng: dict[str, Any] = content["rng"][accelerator.process_index]
+            rng: dict[str, Any] = content["rng"][rank]
         except (RuntimeError, ValueError, KeyError, TypeError, IndexError) as error:
             reason = " ".join(str(error).split())
             raise TrainingError(f"checkpoint {self._path} does not fit this run: {reason}") from error

@@ -3,11 +3,13 @@
 A criterion is called with a group and returns one score a channel; higher means keep. It takes our own
 :class:`~nni_plugin.groups.ChannelGroup` as well as a group of Torch-Pruning, so the same object drives our
 plans and serves as `importance=` of any stock Torch-Pruning pruner. Whatever data it needs is gathered inside
-`collect`, one `update()` a minibatch, between the backward pass and the optimizer's step.
+`collect`, one `update()` a minibatch, between the backward pass and the optimizer's step. Once channels have been cut
+from the network, `reset()` comes before data are gathered anew: scores of the network before are refused.
 """
 
 from __future__ import annotations
 
+import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -20,6 +22,7 @@ from torch import Tensor, nn
 from nni_plugin.errors import CriterionError
 from nni_plugin.groups import ChannelGroup
 from nni_plugin.processes import summed
+from nni_plugin.tensors import tensor_of
 
 
 @dataclass(frozen=True)
@@ -63,6 +66,9 @@ class Criterion(ABC):
     cost_aware = False
     """Whether the criterion itself weighs a channel's loss against what its removal saves, given in `costs`."""
 
+    _shapes: dict[str, torch.Size]  # of the parameters, when minibatches were seen
+    _last: weakref.ref[nn.Module] | None  # the network collected from, once that is over
+
     def __init__(self) -> None:
         self.loss_scale = 1.0
         self.costs: Mapping[str, float] = {}
@@ -84,7 +90,8 @@ class Criterion(ABC):
                 them one row is kept per minibatch until a group is named.
 
         Raises:
-            CriterionError: The network is frozen, or this criterion is collecting already.
+            CriterionError: The network is frozen, or was cut since data were gathered that are still held, or this
+                criterion is collecting already.
         """
         if self._model is not None:
             raise CriterionError(f"{type(self).__name__} is collecting already; leave the first context before.")
@@ -94,11 +101,14 @@ class Criterion(ABC):
                 f"{type(self).__name__} needs gradients, but every parameter of {type(model).__name__} is frozen. "
                 "Set requires_grad on the parameters to score, or choose a criterion without data."
             )
+        if self._shapes:
+            self._refuse_cut(model)
         self._model, self._groups = model, tuple(groups)
         try:
             yield self
         finally:
             self._model, self._groups = None, ()
+            self._last = weakref.ref(model)
 
     def update(self, batch: Any = None, *, loss_scale: float = 1.0) -> None:
         """Take in one minibatch: call it after the backward pass and before the optimizer's step.
@@ -109,7 +119,8 @@ class Criterion(ABC):
                 parameters must be unscaled by now; those that hooks saw are divided by it.
 
         Raises:
-            CriterionError: Outside `collect`, or the minibatch left nothing to read.
+            CriterionError: Outside `collect`, the network was cut since the last minibatch, or this one left nothing
+                to read.
         """
         if self._model is None:
             raise CriterionError(
@@ -117,11 +128,13 @@ class Criterion(ABC):
             )
         if self.needs_batch and batch is None:
             raise CriterionError(f"{type(self).__name__} runs the network itself: call update(batch).")
+        shapes = self._refuse_cut(self._model) if self.needs_data else {}
         self.loss_scale, self._batch = loss_scale, batch
         try:
             self._gather(self._model)
         finally:
             self._batch = None
+        self._shapes = shapes
         self.minibatches += 1
 
     def __call__(self, group: Any) -> Tensor:
@@ -134,7 +147,8 @@ class Criterion(ABC):
             Scores, float32 or float64 on the CPU, shape `[width]`, higher = keep, in the order of the root.
 
         Raises:
-            CriterionError: No data was collected, a layer lacks what is needed, or a score is not finite.
+            CriterionError: No data was collected, the network was cut since, a layer lacks what is needed, or a score
+                is not finite.
         """
         group = ChannelGroup.from_host(group)
         if self.needs_data and self.minibatches == 0:
@@ -142,6 +156,10 @@ class Criterion(ABC):
                 f"{type(self).__name__} has seen no minibatch: run some inside `with criterion.collect(model):`, "
                 "calling criterion.update() after each backward()."
             )
+        if self._shapes and (network := self._network_of(group)) is not None:
+            # The group's own channels alone: whoever cuts group by group may ask for the next in between.
+            for piece in (piece for member in group.members for piece in member.slices if piece.tensor in self._shapes):
+                self._compare(piece.tensor, tensor_of(network, piece.tensor).shape, piece.dim)
         scores = self._score(group)
         if scores.shape != (group.width,) or not bool(torch.isfinite(scores).all()):
             bad = int((~torch.isfinite(scores)).sum())
@@ -161,8 +179,9 @@ class Criterion(ABC):
         return Conclusion()
 
     def reset(self) -> None:
-        """Forget everything collected."""
+        """Forget everything collected, as must be done once the network has been cut."""
         self.minibatches = 0
+        self._shapes, self._last = {}, None
 
     def state_dict(self) -> dict[str, Any]:
         """Return what was collected, as nested dicts of tensors and numbers."""
@@ -170,12 +189,37 @@ class Criterion(ABC):
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Put back what :meth:`state_dict` returned."""
-        self.minibatches = int(state["minibatches"])
+        self.minibatches, self._shapes = int(state["minibatches"]), {}
 
     def all_reduce(self) -> None:
         """Sum what every process collected, so that all hold the same scores; nothing alone."""
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             self.minibatches = self._summed(self.minibatches)
+
+    def _network_of(self, group: ChannelGroup) -> nn.Module | None:
+        """Return the network being collected from; outside, the one a group came with, else the one collected last."""
+        if self._model is not None:
+            return self._model
+        graph = getattr(group.host, "_DG", None)
+        if graph is not None:
+            network: nn.Module = graph.model
+            return network
+        return None if self._last is None else self._last()
+
+    def _refuse_cut(self, model: nn.Module) -> dict[str, torch.Size]:
+        """Refuse to go on where parameters had other shapes when data were gathered; returns those of now."""
+        now = {name: parameter.shape for name, parameter in model.named_parameters()}
+        for name, shape in now.items():
+            self._compare(name, shape)
+        return now
+
+    def _compare(self, name: str, now: torch.Size, dim: int | None = None) -> None:
+        before = self._shapes.get(name, now)
+        if before != now and (dim is None or before[dim : dim + 1] != now[dim : dim + 1]):
+            raise CriterionError(
+                f"The network was cut since these scores were gathered ({name!r} had shape {tuple(before)}, now "
+                f"{tuple(now)}): call reset() of {type(self).__name__} and collect again."
+            )
 
     @staticmethod
     def _summed(number: int) -> int:

@@ -7,10 +7,8 @@ a group came with (as any stock importance reads them); else those of the networ
 
 from __future__ import annotations
 
-import weakref
 from abc import abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
@@ -28,29 +26,6 @@ class WeightCriterion(Criterion):
     needs_gradients = False
     needs_data = False
 
-    _last: weakref.ref[nn.Module] | None = None
-
-    @contextmanager
-    def collect(self, model: nn.Module, groups: Sequence[ChannelGroup] = ()) -> Iterator[Criterion]:
-        """Say which network is scored, for groups that come without their graph; nothing is watched.
-
-        Args:
-            model: The network whose weights will be read; a distributed wrapper is looked through.
-            groups: Not needed.
-
-        Raises:
-            CriterionError: This criterion is collecting already.
-        """
-        with super().collect(model, groups):
-            assert self._model is not None
-            self._last = weakref.ref(self._model)
-            yield self
-
-    def reset(self) -> None:
-        """Forget the network collected last."""
-        super().reset()
-        self._last = None
-
     @abstractmethod
     def _weigh(self, model: nn.Module, group: ChannelGroup) -> Tensor:
         """Return the scores of a group, shape `[width]`, from the weights of a network."""
@@ -63,11 +38,7 @@ class WeightCriterion(Criterion):
         return self._weigh(self._network(group), group).cpu()
 
     def _network(self, group: ChannelGroup) -> nn.Module:
-        if self._model is not None:
-            return self._model
-        graph = getattr(group.host, "_DG", None)
-        last = None if self._last is None else self._last()
-        model: nn.Module | None = last if graph is None else graph.model
+        model = self._network_of(group)
         if model is None:
             raise CriterionError(
                 f"{type(self).__name__} reads weights, and group {group.name!r} came without its network: call it "

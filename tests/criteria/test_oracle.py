@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from nni_plugin import Channels, Iterative, plan_channels
 from nni_plugin.adapters.torch_pruning import cut_channels, find_groups
 from nni_plugin.correlation import correlate
 from nni_plugin.criteria import Oracle, TaylorFO
@@ -25,6 +26,7 @@ from nni_plugin.errors import CriterionError
 from nni_plugin.groups import ChannelGroup
 from nni_plugin.methods import create_criterion
 from nni_plugin.plan import GroupPlan, PruningPlan
+from nni_plugin.planner import score_groups
 
 Batch = tuple[Tensor, Tensor]
 
@@ -409,6 +411,23 @@ def test_some_channels_of_each_group_are_measured_as_when_all_are() -> None:
         measured(model, groups, batch, channels_per_group=2)(groups[0])
     with pytest.raises(CriterionError, match="channels_per_group"):
         Oracle(channels_per_group=0)
+
+
+def test_a_planner_s_loss_is_measured_while_that_planner_works() -> None:
+    model, batch = plain().double(), batch_of()
+    groups = free(model, batch)
+
+    def doubled(model: nn.Module, batch: Batch) -> Tensor:
+        return 2 * loss_of(model, batch)
+
+    oracle = Oracle()
+    once, twice = (score_groups(model, groups, oracle, [batch], loss) for loss in (loss_of, doubled))
+    for group in groups:
+        torch.testing.assert_close(twice[group.name], 4 * once[group.name], rtol=1e-8, atol=1e-14)
+    plan_channels(model, batch[0], oracle, [batch], loss_of, Channels(0.8), schedule=Iterative(1, 1))
+    assert oracle.loss_fn is None
+    own = score_groups(model, groups, Oracle(loss_of), [batch], doubled)  # its own goes before the planner's
+    assert all(torch.equal(own[name], once[name]) for name in once)
 
 
 def test_signed_scores_are_the_changes() -> None:

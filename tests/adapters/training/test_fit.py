@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import os
 import subprocess
 import sys
@@ -11,9 +12,12 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 from training_task import Kill, Recorder, Shrink, Tiny, loader, tiny
 
+from nni_plugin import ChannelPruner, Channels, Iterative
 from nni_plugin.adapters.training import Callback, TrainingConfig, TrainingState, evaluate, fit
 from nni_plugin.adapters.training.config import SCHEDULERS
+from nni_plugin.criteria import TaylorFO
 from nni_plugin.errors import TrainingError
+from nni_plugin.masks import mask_plan
 
 FAST: dict[str, Any] = {"lr": 0.02, "weight_decay": 0.0}
 
@@ -178,6 +182,31 @@ def test_no_epochs_do_nothing() -> None:
     before = model.head.weight.clone()
     assert fit(model, loader(8), TrainingConfig(epochs=0), device="cpu") == []
     assert torch.equal(model.head.weight, before)
+
+
+class _Watched(ChannelPruner):
+    """Writes down how far from zero the removed channels of the average have ever been when an epoch ends."""
+
+    def on_train_begin(self, state: TrainingState) -> None:
+        super().on_train_begin(state)
+        self.leaked: list[float] = []
+
+    def on_epoch_end(self, epoch: int, metrics: dict[str, float]) -> None:
+        dead = copy.deepcopy(self.ema)
+        assert dead is not None
+        mask_plan(dead, self.plan(), self.groups)
+        pairs = zip(self.ema.parameters(), dead.parameters(), strict=True)
+        self.leaked.append(max(float((a - b).detach().abs().max()) for a, b in pairs))
+
+
+def test_the_average_of_removed_channels_is_zero() -> None:
+    """Momentum goes on moving weights that are held at zero; the average must not take it in."""
+    model = tiny(dropout=0.0)
+    pruner = _Watched(model, torch.zeros(1, 3, 8, 8), TaylorFO(), Channels(14), schedule=Iterative(3, 3), cut="never")
+    config = TrainingConfig(epochs=2, lr=0.05, model_ema=True)
+    fit(model, loader(64), config, callbacks=[pruner], device="cpu")
+    assert pruner.plan().channels_kept == 14
+    assert pruner.leaked == [0.0, 0.0]
 
 
 class _Splits:
