@@ -123,6 +123,22 @@ def removed_channels(
     return {bloc.name: _mark(bloc, queues[bloc.name].units[: counts[bloc.name]]) for bloc in blocs}
 
 
+def emptied(blocs: Iterable[Bloc], scores: Mapping[str, Tensor]) -> list[Bloc]:
+    """Return the blocs that lie below their threshold as a whole, so that no score says which last unit stays.
+
+    Args:
+        blocs: All blocs.
+        scores: By bloc, shape `[width]`.
+    """
+    return [
+        bloc
+        for bloc in blocs
+        if bloc.limits.threshold is not None
+        and bloc.limits.most == 1
+        and bool((_queue(bloc, scores[bloc.name], None).scores < bloc.limits.threshold).all())
+    ]
+
+
 def pools_of(blocs: Iterable[Bloc]) -> dict[str, list[Bloc]]:
     """Return the blocs of each pool; a bloc with a threshold goes by that.
 

@@ -23,7 +23,7 @@ from nni_plugin.criteria.base import Criterion
 from nni_plugin.groups import ChannelGroup
 from nni_plugin.plan import GroupPlan, PruningPlan
 from nni_plugin.pruners.align import aligned_masks
-from nni_plugin.pruners.allocation import pools_of, removed_channels
+from nni_plugin.pruners.allocation import emptied, pools_of, removed_channels
 from nni_plugin.pruners.coupling import Coupled, couple, lone_groups
 from nni_plugin.pruners.flow import MaskPruner
 from nni_plugin.pruners.wrapping import Masks, group_masks, masked_members, readers_that_see, unwrapped, wrap_followers
@@ -124,6 +124,15 @@ class ChannelMaskPruner(MaskPruner):
         blocs = [coupled.bloc(self._spaces) for coupled in self._coupled]
         scores = {name: of["score"] for name, of in metrics.items()}
         self._choice = removed_channels(blocs, scores, self._removed)
+        if below := emptied(blocs, scores):
+            first = scores[below[0].name]
+            warnings.warn(
+                f"sparse_threshold asks for every channel of {len(below)} of {len(blocs)} groups; one of each stays, "
+                f"which leaves next to nothing of the network. The first is {below[0].name!r}, whose scores go from "
+                f"{float(first.min()):.3g} to {float(first.max()):.3g}: lower the threshold to among them, or give a "
+                "max_sparse_ratio.",
+                stacklevel=2,
+            )
         masks = group_masks(self._module_wrappers, self._masked, self._by_group(self._choice))
         return self._with_others(aligned_masks(masks, self._target_spaces))
 

@@ -114,10 +114,10 @@ class MaskPruner(Pruner):  # type: ignore[misc]
         name = type(self).__name__
         if evaluator is not None and not isinstance(evaluator, utils.Evaluator):
             raise ConfigError(f"evaluator must be one of NNI's evaluators, got {evaluator!r}. The model is unchanged.")
-        if not self._observer.needs_data:
+        if not self._needs_training(training_steps):
             return
         if evaluator is None:
-            raise ConfigError(f"{name} gathers its scores while the evaluator trains: give an evaluator.")
+            raise ConfigError(f"{name} makes its masks after training_steps of training: give an evaluator.")
         if isinstance(training_steps, bool) or not isinstance(training_steps, int) or training_steps < 1:
             raise ConfigError(f"training_steps must be an integer of at least 1, got {training_steps!r}.")
         if getattr(evaluator, "training_func", evaluator) is None:
@@ -137,6 +137,10 @@ class MaskPruner(Pruner):  # type: ignore[misc]
                     evaluator._init_optimizer_helpers(model)
                 inputs = first_inputs(evaluator, model)
         return None if inputs is None else on_device_of(model, inputs)
+
+    def _needs_training(self, training_steps: Any) -> bool:
+        """Tell whether the evaluator must train before masks are made."""
+        return self._observer.needs_data
 
     @abstractmethod
     def _find(self) -> None:
@@ -195,7 +199,7 @@ class MaskPruner(Pruner):  # type: ignore[misc]
                     f"compress({name}={value!r}): this pruner alone trains for its training_steps, "
                     f"{self.training_steps}. Leave {name} out, or put the pruner into AGPPruner or LinearPruner."
                 )
-        if self._observer.needs_data:
+        if self._needs_training(self.training_steps):
             self._fusion_compress(self.training_steps, None)
         else:
             self._regenerate()

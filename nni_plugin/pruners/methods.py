@@ -30,7 +30,10 @@ from nni_plugin.criteria import (
     TaylorFO,
     TaylorSO,
 )
+from nni_plugin.errors import ConfigError
 from nni_plugin.pruners.base import ChannelMaskPruner
+from nni_plugin.pruners.wrapping import unwrapped
+from nni_plugin.tensors import NORMS
 
 
 class DataPruner(ChannelMaskPruner):
@@ -197,13 +200,102 @@ class FPGMPruner(WeightPruner):
     default_criterion = GeometricMedian
 
 
-class BNScalePruner(WeightPruner):
-    """Scale of the normalisation behind a channel (Liu et al., ICCV 2017), as the network was trained.
+class BNScalePruner(ChannelMaskPruner):
+    """Scale of the normalisation behind a channel, after training with an L1 penalty on scales (Liu et al., ICCV 2017).
 
-    NNI's SlimPruner trains factors of its own instead; train with an L1 penalty on `gamma` before, as the paper does.
+    The arguments are those of NNI's SlimPruner, and so is the penalty. SlimPruner trains factors of its own that leave
+    with the wrappers; here the evaluator's optimizer trains the scales that the network has.
+
+    Args:
+        model: The network, not wrapped.
+        config_list: NNI's; see NNI's Compression Config Specification. Ratios are shares to remove.
+        evaluator: Any evaluator of NNI's; None where nothing is trained.
+        training_steps: Optimizer steps with the penalty before masks are made; under a schedule it is there throughout.
+            0: scales are read as they are.
+        regular_scale: What is added to the loss is this times the sum of absolute scales, divided by the number of
+            normalisations.
+        existed_wrappers: Wrappers of another compressor, by module; `from_compressor` gives them.
+        example_inputs: As :class:`ChannelMaskPruner` has it.
+        criterion: Likewise.
+
+    Raises:
+        ConfigError: An argument does not fit; the text names the key. The network is unchanged.
+        GraphError: The network cannot be traced.
     """
 
     default_criterion = BNScale
+
+    def __init__(
+        self,
+        model: nn.Module,
+        config_list: list[dict[str, Any]],
+        evaluator: Any = None,
+        training_steps: int = 0,
+        regular_scale: float = 1.0,
+        existed_wrappers: dict[str, ModuleWrapper] | None = None,
+        *,
+        example_inputs: Any = None,
+        criterion: Criterion | None = None,
+    ) -> None:
+        if isinstance(regular_scale, bool) or not isinstance(regular_scale, (int, float)) or not regular_scale >= 0:
+            raise ConfigError(f"regular_scale must be a number of at least 0, got {regular_scale!r}.")
+        self.regular_scale = regular_scale
+        super().__init__(
+            model,
+            config_list,
+            evaluator,
+            training_steps,
+            existed_wrappers,
+            example_inputs=example_inputs,
+            criterion=criterion,
+        )
+
+    @classmethod
+    def from_compressor(
+        cls,
+        compressor: Compressor,
+        new_config_list: list[dict[str, Any]],
+        training_steps: int = 0,
+        regular_scale: float = 1.0,
+        evaluator: Any = None,
+        **options: Any,
+    ) -> BNScalePruner:
+        """Go on from another compressor: its network, its wrappers and masks, and its evaluator if it has one.
+
+        Args:
+            compressor: Any of NNI's or ours; it is unwrapped.
+            new_config_list: What this pruner prunes.
+            training_steps: As in the constructor.
+            regular_scale: As in the constructor.
+            evaluator: Where the other compressor has none.
+            options: `example_inputs` and `criterion`, as in the constructor.
+        """
+        pruner: BNScalePruner = super().from_compressor(
+            compressor,
+            new_config_list,
+            training_steps=training_steps,
+            regular_scale=regular_scale,
+            evaluator=evaluator,
+            **options,
+        )
+        return pruner
+
+    def _needs_training(self, training_steps: Any) -> bool:
+        return training_steps != 0 or super()._needs_training(training_steps)
+
+    def _fuse_preprocess(self, evaluator: Any) -> None:
+        if self.training_steps:
+            if not self.criterion.needs_data:
+                self._collect_data()  # a group without scales is found before the training, not after
+            with unwrapped(self.bound_model):
+                layers = {m.path: self.bound_model.get_submodule(m.path) for g in self._groups for m in g.writers}
+                scales = [
+                    layer.weight for layer in layers.values() if isinstance(layer, NORMS) and layer.weight is not None
+                ]
+            if scales:
+                share = self.regular_scale / len(scales)
+                evaluator.patch_loss(lambda loss, _: loss + share * sum(scale.abs().sum() for scale in scales))
+        super()._fuse_preprocess(evaluator)
 
 
 class RandomPruner(WeightPruner):

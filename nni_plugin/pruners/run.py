@@ -93,7 +93,8 @@ class Run:
     def attach(self, evaluator: Any) -> None:
         """Act around the optimizer's step of an evaluator that is bound and about to train."""
         self.observer.reset()
-        if self.observer.needs_batch and self.observer.loss_fn is None:
+        lends = self.observer.needs_batch and self.observer.loss_fn is None
+        if lends:
             self.observer.loss_fn = training_loss(evaluator)
         self._strays = untrained(evaluator, self.model)
         if self._on_loss:
@@ -111,6 +112,8 @@ class Run:
                 raise
             finally:
                 self._close()
+                if lends:
+                    self.observer.loss_fn = None
                 evaluator.__dict__.pop("train", None)
             return result
 

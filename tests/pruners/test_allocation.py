@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nni_plugin.errors import ConfigError
-from nni_plugin.pruners.allocation import Bloc, Limits, pool_ratio, removed_channels
+from nni_plugin.pruners.allocation import Bloc, Limits, emptied, pool_ratio, removed_channels
 
 ratios = st.floats(0.0, 0.99)
 
@@ -121,6 +121,17 @@ def test_limits_clamp_a_threshold_and_a_ratio() -> None:
         (Limits(0.9, None, 0.0, 0.0), 0),
     ):
         assert int(removed_channels([bloc("a", 8, limits)], scores)["a"].sum()) == count, limits
+
+
+def test_blocs_below_their_threshold_as_a_whole_are_named() -> None:
+    scores = torch.arange(8.0)
+    for limits, named in (
+        (Limits(None, 100.0), True),
+        (Limits(None, 7.0), False),
+        (Limits(0.99), False),
+        (Limits(None, 100.0, 0.0, 0.5), False),
+    ):
+        assert bool(emptied([bloc("a", 8, limits)], {"a": scores})) == named, limits
 
 
 def test_what_went_before_goes_first() -> None:

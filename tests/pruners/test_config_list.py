@@ -24,6 +24,14 @@ def norms(model: nn.Module, *layers: str) -> torch.Tensor:
     return sum(model.get_submodule(name).weight.detach().abs().flatten(1).sum(1) for name in layers)
 
 
+def test_masks_that_leave_next_to_nothing_are_said() -> None:
+    model = resnet()
+    pruner = TaylorFOPruner(model, [{"op_types": ["Conv2d"], "sparse_threshold": 0.5}], evaluator_of(model), 1)
+    with pytest.warns(UserWarning, match=r"every channel of 6 of 6 groups.*'conv1', whose scores go from .*e-0"):
+        _, masks = pruner.compress()
+    assert len(gone(masks, "conv1")) == 7
+
+
 def test_layers_by_type_name_and_pattern() -> None:
     by_type = masks_of([{"op_types": ["Conv2d"], "sparse_ratio": 0.5}])
     assert {name for name in by_type if "weight" in by_type[name] and by_type[name]["weight"].dim() == 4} == {

@@ -13,7 +13,8 @@ from nni_task import BATCH, CONVS, Plain, Training, data, evaluator_of, gone, re
 from torch import Tensor, nn
 
 from nni_plugin.adapters.torch_pruning.graph import find_groups
-from nni_plugin.criteria import Criterion, TaylorFO
+from nni_plugin.criteria import Criterion, Oracle, TaylorFO
+from nni_plugin.errors import ConfigError, CriterionError
 from nni_plugin.pruners import (
     BNScalePruner,
     FeatureMapPruner,
@@ -41,12 +42,13 @@ OF_DATA = [
     FeatureMapPruner,
     OraclePruner,
 ]
-OF_WEIGHTS = [L1NormPruner, L2NormPruner, FPGMPruner, BNScalePruner, RandomPruner]
+OF_WEIGHTS = [L1NormPruner, L2NormPruner, FPGMPruner, RandomPruner]
+ALL = [*OF_DATA, *OF_WEIGHTS, BNScalePruner]
 
 
 def pruner_of(method: Any, model: nn.Module, config: Any = CONVS, **options: Any) -> Any:
     evaluator = options.pop("evaluator", None) or evaluator_of(model)
-    steps = (STEPS,) if method in OF_DATA else ()
+    steps = (STEPS,) if method in OF_DATA else ()  # BNScalePruner then reads the scales as they are
     return method(model, config, evaluator, *steps, **options)
 
 
@@ -66,7 +68,7 @@ def direct_scores(model: nn.Module, criterion: Criterion, names: set[str]) -> di
 
 
 @pytest.mark.filterwarnings("ignore:Using backward")
-@pytest.mark.parametrize("method", OF_DATA + OF_WEIGHTS)
+@pytest.mark.parametrize("method", ALL)
 def test_scores_are_those_of_the_criterion(method: Any) -> None:
     model = resnet()
     plain = copy.deepcopy(model)
@@ -78,7 +80,7 @@ def test_scores_are_those_of_the_criterion(method: Any) -> None:
         assert torch.allclose(pruner.scores[name].double(), scores.double(), rtol=1e-9, atol=1e-14), name
 
 
-@pytest.mark.parametrize("method", OF_DATA + OF_WEIGHTS)
+@pytest.mark.parametrize("method", ALL)
 def test_masked_is_compact(method: Any) -> None:
     model, x = resnet(), data()[0]
     pruner = pruner_of(method, model, evaluator=evaluator_of(model, lr=0.05))
@@ -97,7 +99,7 @@ def test_masked_is_compact(method: Any) -> None:
     step((x, data()[1]), model.train()).backward()
 
 
-@pytest.mark.parametrize("method", OF_DATA + OF_WEIGHTS)
+@pytest.mark.parametrize("method", ALL)
 def test_nothing_stays_on_the_network(method: Any) -> None:
     model = resnet()
     before = copy.deepcopy(model)
@@ -159,6 +161,9 @@ def test_the_constructors_are_nni_s() -> None:
     assert list(inspect.signature(of_nni.TaylorPruner.from_compressor).parameters) == [
         *list(inspect.signature(TaylorFOPruner.from_compressor).parameters)[:4]
     ]
+    for make in (inspect.signature, lambda method: inspect.signature(method.from_compressor)):
+        slim = list(make(of_nni.SlimPruner).parameters)
+        assert list(make(BNScalePruner).parameters)[: len(slim)] == slim
     for method in OF_WEIGHTS:
         assert list(inspect.signature(method).parameters)[:4] == [
             "model",
@@ -166,6 +171,80 @@ def test_the_constructors_are_nni_s() -> None:
             "evaluator",
             "existed_wrappers",
         ]
+
+
+@pytest.mark.parametrize("regular_scale", [0.0, 0.5])
+def test_scales_are_trained_with_the_penalty_of_nni(regular_scale: float) -> None:
+    """Weights after the training are those of one whose loss has the mean over layers of the scales' L1 norm."""
+    model, plain = resnet(), resnet()
+    training = Training()
+    pruner = BNScalePruner(model, CONVS, evaluator_of(model, training, lr=0.05), STEPS, regular_scale)
+    _, masks = pruner.compress()
+    assert training.steps == STEPS
+    pruner.unwrap_model()
+    scales = [layer.weight for layer in plain.modules() if isinstance(layer, nn.BatchNorm2d)]
+    optimizer = torch.optim.SGD(plain.parameters(), lr=0.05, momentum=0.9)
+
+    def penalised(batch: tuple[Tensor, Tensor], network: nn.Module) -> Tensor:
+        return step(batch, network) + regular_scale * torch.stack([scale.abs().sum() for scale in scales]).mean()
+
+    Training()(plain, optimizer, penalised, max_steps=STEPS)
+    expected = dict(plain.named_parameters())
+    for name, parameter in model.named_parameters():
+        assert torch.allclose(parameter, expected[name], rtol=1e-12, atol=1e-15), name
+    assert gone(masks, "layer3.0.bn1") == plain.layer3[0].bn1.weight.abs().sort().indices[:16].sort().values.tolist()
+
+
+def test_scales_are_read_as_they_are_without_training_steps() -> None:
+    model, training = resnet(), Training()
+    gamma = model.layer3[0].bn1.weight.detach().clone()
+    _, masks = BNScalePruner(model, CONVS, evaluator_of(model, training, lr=0.05)).compress()
+    assert training.steps == 0
+    assert gone(masks, "layer3.0.bn1") == gamma.abs().sort().indices[:16].sort().values.tolist()
+
+
+def test_scales_go_on_from_another_compressor() -> None:
+    model, training = resnet(), Training()
+    first = of_nni.L1NormPruner(model, [{"op_names": ["layer1.0.conv1"], "sparse_ratio": 0.5}])
+    first.compress()
+    config = [{"op_names": ["layer2.0.conv1"], "sparse_ratio": 0.25}]
+    second = BNScalePruner.from_compressor(first, config, STEPS, 0.1, evaluator_of(model, training))
+    assert (second.training_steps, second.regular_scale) == (STEPS, 0.1)
+    _, masks = second.compress(max_steps=STEPS, max_epochs=None)
+    assert sparsity(masks, "layer2.0.bn1") == 0.25
+
+
+def test_scales_that_are_not_there_and_bad_arguments_are_refused_before_the_training() -> None:
+    model, training = Plain().double(), Training()
+    pruner = BNScalePruner(model, [{"op_names": ["conv1"], "sparse_ratio": 0.5}], evaluator_of(model, training), STEPS)
+    with pytest.raises(CriterionError, match="no affine normalisation"):
+        pruner.compress()
+    assert training.steps == 0
+    for arguments, said in (
+        ((None, STEPS), "give an evaluator"),
+        ((evaluator_of(resnet()), -1), "training_steps"),
+        ((evaluator_of(resnet()), STEPS, -0.1), "regular_scale"),
+        ((evaluator_of(resnet()), STEPS, float("nan")), "regular_scale"),
+    ):
+        with pytest.raises(ConfigError, match=said):
+            BNScalePruner(resnet(), CONVS, *arguments)
+
+
+def test_an_oracle_measures_the_loss_of_the_evaluator_it_is_used_with() -> None:
+    def doubled(batch: tuple[Tensor, Tensor], network: nn.Module) -> Tensor:
+        return 2 * step(batch, network)
+
+    shared, scores = Oracle(), []
+    for training_step, criterion in ((step, shared), (doubled, shared), (doubled, Oracle())):
+        model = resnet()
+        optimizer = nni.trace(torch.optim.SGD)(model.parameters(), lr=0.0)
+        evaluator = TorchEvaluator(Training(), optimizer, training_step, dummy_input=data()[0][:1])
+        pruner = OraclePruner(model, CONVS, evaluator, 1, criterion=criterion)
+        pruner.compress()
+        scores.append(pruner.scores["conv1"])
+    assert torch.equal(scores[1], scores[2])
+    assert not torch.equal(scores[0], scores[1])
+    assert shared.loss_fn is None
 
 
 def test_a_criterion_of_one_s_own() -> None:

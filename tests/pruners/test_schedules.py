@@ -70,7 +70,7 @@ def test_pruners_of_weights_fire_too(method: Any) -> None:
     assert sorted(set(found)) == sorted({0.0, *goals(AGPPruner)})
 
 
-@pytest.mark.parametrize("method", [TaylorFisherPruner, TaylorSOPruner, OBSPruner, OraclePruner])
+@pytest.mark.parametrize("method", [TaylorFisherPruner, TaylorSOPruner, OBSPruner, OraclePruner, BNScalePruner])
 def test_other_criteria_reach_the_goal(method: Any) -> None:
     model, training = resnet(), Training()
     evaluator = evaluator_of(model, training, lr=0.02)

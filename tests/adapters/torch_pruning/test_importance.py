@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+import torch_pruning as tp
 from torch import nn
 
 from nni_plugin import MACs, plan_channels
@@ -94,6 +95,18 @@ def test_hessian_refuses_minibatches_without_samples(model, batches):
     groups = [group for group in find_groups(model, batches[0][0], keep_host=True) if group.fixed is None]
     with pytest.raises(CriterionError, match="minibatches of tensors"):
         score_groups(model, groups, create_criterion("tp:hessian"), ["a"], loss)
+
+
+def test_an_importance_that_needs_a_pruner_of_its_own_library_is_named(model, batches):
+    with pytest.raises(CriterionError, match="OBDCImportance works in Torch-Pruning's own pruners alone"):
+        plan_channels(model, batches[0][0], tp.importance.OBDCImportance(), batches, _loss, MACs(0.7))
+
+
+def test_activations_recorded_before_drive_a_plan(model, batches):
+    importance = tp.importance.ActivationImportance()
+    with importance.compute_importance(model), torch.no_grad():
+        model(batches[0][0])
+    assert plan_channels(model, batches[0][0], importance, batches, _loss, MACs(0.7)).channels_removed > 0
 
 
 def test_hessian_plans_one_shot_and_refuses_a_training_loop(model, batches):
