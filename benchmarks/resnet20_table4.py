@@ -9,7 +9,7 @@ pruned network together.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -208,7 +208,7 @@ def summarise(
         "dataset": preset.dataset,
         "data": next((record["data"] for record in base.values()), None),
         "settings": {**asdict(preset), "scratch": asdict(preset.scratch), "seeds": sorted(base)},
-        "reductions": reductions(preset),
+        "reductions": reductions(replace(preset, seeds=len(base))),
         "notes": notes,
         "base": {**_described(base, "top1"), "seconds": _mean_seconds(base)},
         "rows": rows,

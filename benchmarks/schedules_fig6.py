@@ -9,7 +9,7 @@ from the last. Here ResNet-20 loses half of its channels.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -117,7 +117,7 @@ def summarise(experiment: Experiment, cells: Mapping[str, Mapping[int, Mapping[s
         "dataset": preset.dataset,
         "data": next((record["data"] for record in base.values()), None),
         "settings": {**asdict(preset), "seeds": sorted(base)},
-        "reductions": reductions(preset),
+        "reductions": reductions(replace(preset, seeds=len(base))),
         "notes": list(NOTES),
         "channels_before": before[0] if before else None,
         "base": {**summary(_by_seed(base, "top1").values()), "by_seed": _by_seed(base, "top1")},

@@ -56,9 +56,7 @@ def restore_filter_norms(pruned: nn.Module, dense: nn.Module, example_inputs: An
         wanted = wanted[kept[path].to(wanted.device)] if path in kept else wanted
         now = _lengths(layer)
         if len(wanted) != len(now):
-            raise PlanError(
-                f"Layer {path!r} has {len(now)} filters, the plan keeps {len(wanted)} of the dense one's."
-            )
+            raise PlanError(f"Layer {path!r} has {len(now)} filters, the plan keeps {len(wanted)} of the dense one's.")
         factor = torch.where(now > 0, wanted.to(now) / now, 1.0).clamp(1 / LONGEST, LONGEST)
         _stretch(layer, norm, factor)
         longer[path] = float(factor.mean())

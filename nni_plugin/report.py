@@ -26,6 +26,12 @@ _MACS_FELL = 0.9
 _LATENCY_FOLLOWED = 0.25
 """Part of what MACs have lost that latency must have lost."""
 
+IN_TURNS = (
+    "The change of latency and throughput is of both networks timed in turns, and need not be the quotient of the two "
+    "columns."
+)
+"""What stands beside a table of :func:`before_after` with such a change."""
+
 
 def _now() -> str:
     return datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC")
@@ -201,7 +207,8 @@ def _render(report: Report) -> tuple[str, bool]:
     """Return the page, and whether it has its figures."""
     from markupsafe import Markup
 
-    notes = [*latency_notes(report.metrics), *report.notes]
+    in_turns = [IN_TURNS] if report.metrics.get("latency_ratio") else []
+    notes = [*latency_notes(report.metrics), *report.notes, *in_turns]
     baseline_top1 = report.metrics.get("baseline", {}).get("top1")
     try:
         history_svg = plot_history(report.history, baseline_top1=baseline_top1, target=report.macs_target)

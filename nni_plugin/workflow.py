@@ -178,7 +178,9 @@ class _Run:
                 stored = json.loads(file.read_text())
                 return Planned(PruningPlan.from_json(stored["plan"]), dict(stored["seconds"]))
             except (ValueError, KeyError, TypeError, PlanError) as error:
-                raise OutputError(f"{str(file)!r} is damaged ({error}); run again without --resume.") from error
+                raise OutputError(
+                    f"{str(file)!r} is damaged ({error}): remove it, and --resume does that part again."
+                ) from error
         torch.manual_seed(self.job.seed)  # a resumed run has not drawn the random numbers of the training before
         search = self.places.state / "search.pt"
         planned = make_plan(self.job, self.method, self.model, self.examples, self._score_batches(), search)

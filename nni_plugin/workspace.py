@@ -6,15 +6,19 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from nni_plugin.errors import NNIPluginError, OutputError
+from nni_plugin.errors import OutputError
 
 STATE = ".state"
 """Folder, inside the output folder, of what a resumed run needs."""
+
+_SETTINGS = "settings.json"
+_LAST = "finetune"
+"""The training that comes last: nothing but its own checkpoint, of this name, depends on its settings."""
 
 
 class Workspace(NamedTuple):
@@ -29,39 +33,45 @@ def workspace(output: Path, settings: Mapping[str, Any], *, resume: bool = False
     """Open an output folder for one run.
 
     When the block ends well the results are moved into `output`, all or none, and the state is deleted. When it is
-    interrupted (`KeyboardInterrupt`) the state stays. When it fails, what this run made is deleted, and the folder
-    too if this run made it; files that were there before stay as they were. A resumed run that fails keeps the
-    state that it found, and so does one that ends in an error that is not the user's once it has saved something.
+    interrupted (`KeyboardInterrupt`) the state stays. When it fails, the results are deleted, and what it has saved
+    stays, for the user to mend the cause and go on; a run that has saved nothing yet leaves nothing, and the folder is
+    deleted too if this run made it. Files that were there before stay as they were.
 
     Args:
         output: The folder, made if it is not there.
-        settings: JSON values that a resumed run must share.
-        resume: Go on with the state that an interrupted run left; a new run clears it.
+        settings: JSON values that a resumed run must share; those of `finetune` only once that training has a
+            checkpoint.
+        resume: Go on with what an interrupted or failed run has saved, if there is anything.
 
     Raises:
-        OutputError: The folder cannot be written to, or its state is of a run with other settings.
+        OutputError: The folder cannot be written to, holds what another run has saved and `resume` is not given, or
+            that is of a run with other settings.
     """
     state = output / STATE
     made = [folder for folder in (output, *output.parents) if not os.path.lexists(folder)]
-    resuming = resume and (state / "settings.json").is_file()
     results: Path | None = None
     try:
-        if resuming:
-            _check_same(state / "settings.json", settings)
-        elif state.exists():
-            shutil.rmtree(state)
+        if not holds_checkpoints(output):
+            if state.exists():
+                shutil.rmtree(state)
+        elif resume:
+            _check_same(state, settings)
+        else:
+            raise OutputError(
+                f"{str(output)!r} holds what an interrupted run has saved. Give --resume to go on with it, choose "
+                f"another --output, or remove {str(state)!r} to start anew."
+            )
         state.mkdir(parents=True, exist_ok=True)
-        if not resuming:
-            # In one step: a run killed in the middle of it must not leave a damaged file to the next one.
-            (state / "settings.tmp").write_text(json.dumps(settings, indent=1))
-            os.replace(state / "settings.tmp", state / "settings.json")
+        write_file(state / _SETTINGS, json.dumps(settings, indent=1))
         results = Path(tempfile.mkdtemp(dir=state, prefix="results-"))
         yield Workspace(state, results)
         _move_all(results, output)
-        shutil.rmtree(state)
+        _delete(state)
     except Exception as error:
-        expected = isinstance(error, (NNIPluginError, OSError))
-        if not resuming and (expected or not _has_content(state)):
+        saved = True
+        with suppress(OSError):  # what cannot be read is not deleted either
+            saved = holds_checkpoints(output)
+        if not saved:
             shutil.rmtree(state, ignore_errors=True)
             for folder in made:
                 with suppress(OSError):  # somebody else has put something there, or it was never made
@@ -73,10 +83,59 @@ def workspace(output: Path, settings: Mapping[str, Any], *, resume: bool = False
         raise
 
 
-def _has_content(state: Path) -> bool:
-    """Tell whether the run has saved something that it could go on from."""
-    own = {"settings.json", "settings.tmp"}
-    return any(path.is_file() and path.name not in own for path in state.iterdir()) if state.is_dir() else False
+def holds_checkpoints(output: Path) -> bool:
+    """Tell whether a run in this folder was interrupted, or has failed, after it had saved something to go on from."""
+    state = output / STATE
+    if not state.is_dir():
+        return False
+    return any(path.is_file() and path.name != _SETTINGS and path.suffix != ".tmp" for path in state.iterdir())
+
+
+def is_finished(output: Path, record: str, settings: Mapping[str, Any], say: Callable[[str], None]) -> bool:
+    """Look what there is for a run that is to be resumed; say so where it is no interrupted run.
+
+    Args:
+        output: The folder.
+        record: Name of the JSON file that a finished run leaves in it, with its settings under `"settings"`.
+        settings: Those of the run that is to be resumed.
+        say: Takes the line.
+
+    Returns:
+        Whether the run is finished, so that nothing is left to do.
+
+    Raises:
+        OutputError: It is finished, and had other settings.
+    """
+    if holds_checkpoints(output):
+        return False
+    path = output / record
+    if not path.is_file():
+        say(f"{output} holds no interrupted run: there is nothing to resume, this one starts from the beginning.")
+        return False
+    try:
+        kept = json.loads(path.read_text())
+        before = _flat(kept["settings"]) if "settings" in kept else None
+    except (ValueError, TypeError) as error:
+        raise OutputError(
+            f"{str(path)!r} is damaged ({error}): remove {str(output)!r}, or give another --output."
+        ) from error
+    if before is not None and (other := _others(before, settings)):
+        raise OutputError(
+            f"The finished run in {str(output)!r} had other settings: {other[0].said}. Choose another --output, or "
+            "leave --resume out to run again and replace it."
+        )
+    say(f"{output} holds a finished run: there is nothing to resume.")
+    return True
+
+
+def _delete(state: Path) -> None:
+    """Delete a state, its settings last: of what is left when this is killed, it is still known whose it is."""
+    for path in state.iterdir():
+        if path.is_dir():
+            shutil.rmtree(path)
+        elif path.name != _SETTINGS:
+            path.unlink()
+    shutil.rmtree(state)
 
 
 def _move_all(results: Path, output: Path) -> None:
@@ -100,18 +159,59 @@ def _move_all(results: Path, output: Path) -> None:
         raise
 
 
-def _check_same(path: Path, settings: Mapping[str, Any]) -> None:
+class _Other(NamedTuple):
+    """A setting that two runs do not share: its dotted name, and both values in the words of the command line."""
+
+    name: str
+    said: str
+
+
+def _check_same(state: Path, settings: Mapping[str, Any]) -> None:
+    """Refuse to go on with other settings than those that what is there was made with.
+
+    Raises:
+        OutputError: They are others, or are not to be read.
+    """
     try:
-        before = _flat(json.loads(path.read_text()))
-    except ValueError as error:
-        raise OutputError(f"{str(path)!r} is damaged ({error}); run again without --resume.") from error
-    now = _flat(json.loads(json.dumps(settings)))
-    other = sorted(key for key in {*before, *now} if before.get(key) != now.get(key))
-    if other:
+        before = _flat(json.loads((state / _SETTINGS).read_text()))
+    except (ValueError, FileNotFoundError) as error:
         raise OutputError(
-            f"The interrupted run in {str(path.parent.parent)!r} had other settings: {other[0]} was "
-            f"{before.get(other[0])!r}, now {now.get(other[0])!r}. Give the same ones, or run again without --resume."
+            f"{str(state / _SETTINGS)!r} is damaged ({error}), so nobody knows what to go on with: remove "
+            f"{str(state)!r} to start anew, or choose another --output."
+        ) from error
+    last = state / f"{_LAST}.pt"
+    others = [other for other in _others(before, settings) if last.exists() or not other.name.startswith(f"{_LAST}.")]
+    if others:
+        hint = f", or remove {str(last)!r} to do that training again" if others[0].name.startswith(f"{_LAST}.") else ""
+        raise OutputError(
+            f"The interrupted run in {str(state.parent)!r} had other settings: {others[0].said}. Give the same ones "
+            f"with --resume{hint}, or choose another --output."
         )
+
+
+def _others(before: Mapping[str, Any], settings: Mapping[str, Any]) -> list[_Other]:
+    """Return the settings in which a run differs from flat ones of before, by name."""
+    now = _flat(json.loads(json.dumps(settings)))
+    names = sorted(name for name in {*before, *now} if before.get(name) != now.get(name))
+    return [_Other(name, f"{_flag(name)} was {before.get(name)!r}, now {now.get(name)!r}") for name in names]
+
+
+def _flag(name: str) -> str:
+    """Return what the command line calls a setting.
+
+    Example:
+        >>> _flag("finetune.weight_decay"), _flag("pretrain.lr"), _flag("model_kwargs.drop_rate"), _flag("budget")
+        ('--weight-decay', '--pretrain-lr', "--model-kwargs 'drop_rate'", 'the budget')
+    """
+    section, _, last = name.rpartition(".")
+    if name == "budget":
+        return "the budget"
+    if section in ("model_kwargs", "search_kwargs", "stages"):
+        return f"--{section.replace('_', '-')} {last!r}"
+    if section == "pretrain" and last in ("epochs", "lr"):
+        last = f"pretrain_{last}"
+    last = {"num_workers": "workers", "reestimate": "bn_reestimate"}.get(last, last)
+    return f"--{last.replace('_', '-')}"
 
 
 def _flat(settings: Any, prefix: str = "") -> dict[str, Any]:

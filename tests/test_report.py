@@ -107,6 +107,12 @@ def test_ratio_measured_in_turns_goes_before_the_quotient():
     assert rows["Latency at batch 64 (ms)"] == "0.500"
 
 
+def test_a_change_measured_in_turns_is_said_to_be(tmp_path):
+    said = "timed in turns, and need not be the quotient of the two columns"
+    assert said in written(tmp_path, replace(REPORT, metrics=METRICS | {"latency_ratio": {"1": 0.5}}))[1].text
+    assert said not in written(tmp_path, REPORT)[1].text
+
+
 def sized(macs: float, ms: float) -> dict:
     before = {"macs": 1000, "latency_ms": {"1": 2.0}}
     return {"baseline": before, "pruned": {"macs": round(1000 * macs), "latency_ms": {"1": 2.0 * ms}}}

@@ -133,7 +133,7 @@ def read_checkpoint(path: Path, settings: dict[str, Any]) -> dict[str, Any]:
     except _DAMAGED as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise TrainingError(
-            f"checkpoint {path} is damaged ({reason}); delete it and train again without --resume"
+            f"checkpoint {path} is damaged ({reason}): remove it, and --resume does that part again"
         ) from error
     if version != _FORMAT:
         raise TrainingError(f"checkpoint {path} has format {version}, expected {_FORMAT}; train again from the start")

@@ -50,9 +50,15 @@ def run(arguments: Any, command: str) -> None:
     from rich.console import Console
 
     from nni_plugin.comparison.job import ComparisonJob
-    from nni_plugin.comparison.run import run_comparison
+    from nni_plugin.comparison.run import SETTINGS, run_comparison
 
     console = Console(highlight=False)
+
+    def say(text: str) -> None:
+        console.print(text, markup=False, soft_wrap=True)
+
+    if arguments.resume and not (arguments.output / SETTINGS).is_file():
+        say(f"{arguments.output} holds no comparison: there is nothing to resume, this one starts from the beginning.")
     budgets = _budgets_of(arguments)
     rows = run_comparison(
         ComparisonJob(
@@ -66,11 +72,11 @@ def run(arguments: Any, command: str) -> None:
         ),
         resume=arguments.resume,
         command=command,
-        say=lambda text: console.print(text, markup=False, soft_wrap=True),
+        say=say,
     )
     if rows:
         console.print(_table(rows))
-        console.print(f"{arguments.output}/report.html shows it", markup=False, soft_wrap=True)
+        say(f"{arguments.output}/report.html shows it")
 
 
 def _budgets_of(arguments: Any) -> tuple[Budget, ...]:

@@ -23,8 +23,8 @@ _OWN = (
 )  # fmt: skip
 _SAME_IN_ALL = (
     "model", "library", "checkpoint", "pretrained", "model_kwargs", "dataset", "data_dir", "num_classes", "in_chans",
-    "img_size", "batch_size", "workers", "pretrain_epochs", "pretrain_lr", "checkpoint_every", "latency_batch_sizes",
-    "seed", "device",
+    "img_size", "mean", "std", "crop_pct", "interpolation", "batch_size", "workers", "pretrain_epochs", "pretrain_lr",
+    "checkpoint_every", "latency_batch_sizes", "seed", "device",
 )  # fmt: skip
 """Settings that no trial varies: they all start from one dense network on the same data."""
 

@@ -14,7 +14,8 @@ from typing import Any, NoReturn
 import jsonargparse
 
 from nni_plugin.cli import compare, correlate, coverage, experiment, export, layers, measure, prune
-from nni_plugin.errors import NNIPluginError
+from nni_plugin.errors import NNIPluginError, OutputError
+from nni_plugin.workspace import holds_checkpoints
 
 COMMANDS: dict[str, ModuleType] = {
     "prune": prune,
@@ -29,6 +30,9 @@ COMMANDS: dict[str, ModuleType] = {
 """Each has `DESCRIPTION`, `add_arguments(parser)` and `run(arguments, command_line)`."""
 
 DONE, BAD_INPUT, INTERRUPTED = 0, 2, 130
+
+_POSITIONAL = ("directory",)
+"""Arguments without a flag."""
 
 _OUT_OF_MEMORY = ("out of memory", "can't allocate memory")
 
@@ -46,6 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     command = next((word for word in argv if word in COMMANDS), None)
     program = f"nni-plugin {command}" if command else "nni-plugin"
     names: list[str] = []
+    chosen: Any = None
     previous = signal.getsignal(signal.SIGTERM)
     with warnings.catch_warnings():
         warnings.showwarning = _show_warning
@@ -53,12 +58,17 @@ def main(argv: Sequence[str] | None = None) -> int:
             signal.signal(signal.SIGTERM, _interrupt)
             arguments = build_parser().parse_args(argv)
             command = arguments.subcommand
-            names = list(vars(arguments[command]))
-            COMMANDS[command].run(arguments[command], " ".join(["nni-plugin", *argv]))
+            chosen = arguments[command]
+            names = list(vars(chosen))
+            COMMANDS[command].run(chosen, " ".join(["nni-plugin", *argv]))
         except argparse.ArgumentError as error:
             return _refuse(program, f"{_readable(str(error))} (see {program} --help)")
         except NNIPluginError as error:
-            return _refuse(program, _as_flags(str(error), names))
+            text = _as_flags(str(error), names)
+            # An error of the folder itself says what to do with what is in it.
+            if not isinstance(error, OutputError) and _can_go_on(chosen):
+                text = f"{text.rstrip('.')}. What was done is kept: --resume goes on with it."
+            return _refuse(program, text)
         except (MemoryError, RuntimeError) as error:
             if not isinstance(error, MemoryError) and not any(text in str(error) for text in _OUT_OF_MEMORY):
                 raise
@@ -105,6 +115,11 @@ class _HelpFormatter(jsonargparse.DefaultHelpFormatter):
         return f"{text} (default: {shown})"
 
 
+def _can_go_on(chosen: Any) -> bool:
+    """Tell whether a command has left something in its folder that `--resume` goes on with."""
+    return chosen is not None and "resume" in chosen and chosen.output is not None and holds_checkpoints(chosen.output)
+
+
 def _refuse(program: str, text: str) -> int:
     print(f"{program}: error: {' '.join(text.split())}", file=sys.stderr)
     return BAD_INPUT
@@ -114,7 +129,7 @@ def _readable(text: str) -> str:
     """Name flags and types in an error of the parser as a user knows them."""
 
     def flag(match: re.Match[str]) -> str:
-        return "--" + match[1].replace("_", "-")
+        return match[1] if match[1] in _POSITIONAL else "--" + match[1].replace("_", "-")
 
     text = re.sub(r'Parser key "(?:\w+\.)?(\w+)"', flag, text)
     text = re.sub(rf"\b(?:{'|'.join(COMMANDS)})\.(\w+)", flag, text)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import fields
 from importlib.util import find_spec
@@ -29,6 +30,10 @@ from nni_plugin.errors import BudgetError, TrainingError
 from nni_plugin.parts import DEFAULT_PARTS, PARTS
 
 DESCRIPTION = "Prune a network to a budget: train it if asked, prune, fine-tune, verify, measure, save."
+
+_RECORD = "metrics.json"
+_ONE_SHOT = ("reconstruct", "score_steps", "reestimate")
+_IN_STEPS = ("prune_channels", "prune_every")
 
 
 def add_arguments(parser: jsonargparse.ArgumentParser) -> None:
@@ -64,7 +69,7 @@ def add_options(parser: jsonargparse.ArgumentParser) -> None:
     )
     add("--prune-channels", type=above(1), help="channels removed in a step (done in the first half of --epochs)")
     add("--prune-every", type=above(1), help="minibatches between steps (likewise, at most 30)")
-    add("--loss-threshold", type=number, default=1.04, help="largest training loss at which a continuous one prunes")
+    add("--loss-threshold", type=number, help="largest training loss at which a continuous one prunes (1.04)")
     add(
         "--score-batches",
         type=above(1),
@@ -145,24 +150,22 @@ def run(arguments: Any, command: str) -> None:
     from rich.console import Console
 
     from nni_plugin.workflow import run_job
-    from nni_plugin.workspace import STATE
+    from nni_plugin.workspace import is_finished, output_folder, write_file
 
     console = Console(highlight=False)
-    if arguments.resume and (arguments.output / "metrics.json").is_file() and not (arguments.output / STATE).exists():
-        console.print(f"{arguments.output} holds a finished run: there is nothing to resume.", markup=False)
+
+    def say(text: str) -> None:
+        console.print(text, markup=False, soft_wrap=True)
+
+    job = job_of(arguments)
+    settings = job.settings()
+    if arguments.resume and is_finished(arguments.output, _RECORD, settings, say):
         return
-    result = run_job(
-        job_of(arguments),
-        resume=arguments.resume,
-        command=command,
-        say=lambda text: console.print(text, markup=False, soft_wrap=True),
-    )
+    result = run_job(job, resume=arguments.resume, command=command, say=say)
+    with output_folder(arguments.output) as folder:  # what was asked, for a later --resume to be held against
+        write_file(folder / _RECORD, json.dumps({**result.metrics, "settings": settings}, indent=1) + "\n")
     console.print(_table(result.metrics))
-    console.print(
-        f"{arguments.output}/report.html shows it; load it: nni_plugin.from_pretrained({str(arguments.output)!r})",
-        markup=False,
-        soft_wrap=True,
-    )
+    say(f"{arguments.output}/report.html shows it; load it: nni_plugin.from_pretrained({str(arguments.output)!r})")
 
 
 def job_from(settings: Mapping[str, Any]) -> Any:
@@ -194,10 +197,7 @@ def job_of(arguments: Any, budget: Budget | None = None) -> Any:
     from nni_plugin.adapters.training import TrainingConfig
     from nni_plugin.job import Job
 
-    in_vain = [flag for flag in ("reconstruct", "score_steps", "reestimate") if arguments[flag]]
-    if in_vain and arguments.schedule != "one-shot":
-        flag = {"reestimate": "bn-reestimate"}.get(in_vain[0], in_vain[0].replace("_", "-"))
-        raise argparse.ArgumentError(None, f"--{flag} belongs to --schedule one-shot: others prune while they train")
+    _refuse_in_vain(arguments)
     budget = budget or _budget_of(arguments)
     amp = {"bfloat16": "bf16", "float16": "fp16"}[arguments.amp_dtype] if arguments.amp else "no"
     shared = {
@@ -213,6 +213,8 @@ def job_of(arguments: Any, budget: Budget | None = None) -> Any:
         # All that the two share has been accepted above.
         raise error.of_pretraining() from error
     direct = {field.name: arguments[field.name] for field in fields(Job) if field.name in arguments}
+    if arguments.loss_threshold is None:
+        del direct["loss_threshold"]
     return Job(
         **{
             **direct,
@@ -222,6 +224,28 @@ def job_of(arguments: Any, budget: Budget | None = None) -> Any:
             "finetune": finetune,
         }
     )
+
+
+def _refuse_in_vain(arguments: Any) -> None:
+    """Refuse what another schedule alone would heed.
+
+    Raises:
+        ArgumentError: The text names the flag, and the schedules that it belongs to.
+    """
+    at_once = [flag for flag in _ONE_SHOT if arguments[flag]]
+    if at_once and arguments.schedule != "one-shot":
+        flag = {"reestimate": "bn-reestimate"}.get(at_once[0], at_once[0].replace("_", "-"))
+        raise argparse.ArgumentError(None, f"--{flag} belongs to --schedule one-shot: others prune while they train")
+    in_steps = [flag for flag in _IN_STEPS if arguments[flag] is not None]
+    if in_steps and arguments.schedule == "one-shot":
+        flag = in_steps[0].replace("_", "-")
+        raise argparse.ArgumentError(
+            None, f"--{flag} belongs to --schedule iterative and continuous: one-shot prunes before training"
+        )
+    if arguments.loss_threshold is not None and arguments.schedule != "continuous":
+        raise argparse.ArgumentError(
+            None, f"--loss-threshold belongs to --schedule continuous: {arguments.schedule} does not look at the loss"
+        )
 
 
 BUDGETS: dict[str, Callable[[Any, Any], Budget]] = {
@@ -253,9 +277,12 @@ def _budget_of(arguments: Any) -> Budget:
 def _table(metrics: dict[str, Any]) -> Any:
     from rich.table import Table
 
-    from nni_plugin.report import before_after
+    from nni_plugin.report import IN_TURNS, before_after
 
-    table = Table(title=f"{metrics['model']} on {metrics['dataset']}, {metrics['method']}")
+    table = Table(
+        title=f"{metrics['model']} on {metrics['dataset']}, {metrics['method']}",
+        caption=IN_TURNS if metrics.get("latency_ratio") else None,
+    )
     for heading in ("", "before", "after", "change"):
         table.add_column(heading, justify="left" if not heading else "right")
     for row in before_after(metrics):

@@ -73,14 +73,11 @@ def study(arguments: Any, command: str, record: str, run: Callable[..., Any], jo
     Returns:
         What the job returns; None for a finished one.
     """
-    from nni_plugin.workspace import STATE
-
-    finished = (arguments.output / record).is_file() and not (arguments.output / STATE).exists()
-    if arguments.resume and finished:
-        console.print(f"{arguments.output} holds a finished run: there is nothing to resume.", markup=False)
-        return None
+    from nni_plugin.workspace import is_finished
 
     def say(text: str) -> None:
         console.print(text, markup=False, soft_wrap=True)
 
+    if arguments.resume and is_finished(arguments.output, record, job.settings(), say):
+        return None
     return run(job, resume=arguments.resume, command=command, say=say)

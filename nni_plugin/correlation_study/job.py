@@ -91,6 +91,7 @@ class CorrelationJob:
         """Return what decides the outcome, as JSON values; what a resumed run must share."""
         values = {**asdict(self), "methods": self.chosen()}
         del values["output"], values["pretrain"]["checkpoint_every"]
+        values["data_kwargs"].pop("num_workers", None)
         settings: dict[str, Any] = json.loads(json.dumps(values, default=str))
         return settings
 

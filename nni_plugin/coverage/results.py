@@ -100,7 +100,9 @@ def read(path: Path) -> list[Row]:
             values |= {name: float(cells[name]) if cells[name] else None for name in _DIGITS}
             rows.append(Row(**values))
     except (ValueError, TypeError, csv.Error) as error:
-        raise OutputError(f"{str(path)!r} is damaged ({error}); run again without --resume.") from error
+        raise OutputError(
+            f"{str(path)!r} is damaged ({error}): remove it, and --resume does that part again."
+        ) from error
     return rows
 
 

@@ -206,6 +206,12 @@ def test_every_reduction_is_stated() -> None:
     assert FULL.scratch.decay_epochs == pytest.approx(108)
 
 
+def test_the_seeds_that_were_run_are_stated(done: Any) -> None:
+    experiment = _experiment(done[0], replace(TINY, seeds=3))
+    summed = resnet20_table4.summarise(experiment, ("taylor-fo",), (223, 119), done[1])
+    assert "seeds: 1 instead of 10" in summed["reductions"]
+
+
 def test_reduced_pruning_ends_before_the_first_fall_of_the_learning_rate() -> None:
     assert REDUCED.images is not None
     assert REDUCED.finetune.decay_epochs is not None
@@ -252,6 +258,8 @@ def test_schedules_reach_the_same_number_of_channels(
     assert [row["schedule"] for row in result["rows"]] == list(schedules_fig6.SCHEDULES)
     assert [row["channels"]["mean"] for row in result["rows"]] == [224, 224, 224]
     assert result["channels_before"] == 448
+    more = schedules_fig6.summarise(_experiment(done[0], replace(TINY, seeds=3)), cells)
+    assert "seeds: 1 instead of 10" in more["reductions"]
     assert [row["over"] for row in result["rows"]] == [1, 1, 1]
     assert [cells[name][0]["steps"] for name in schedules_fig6.SCHEDULES] == [1, 23, 23]
     # A threshold that no loss exceeds makes continuous pruning the same as iterative.

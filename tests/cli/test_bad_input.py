@@ -37,7 +37,6 @@ CASES: dict[str, tuple[list[str], list[str]]] = {
     "two sources of weights": (["--pretrained", "--checkpoint", "@/bad.pt", *HALF], ["checkpoint", "leave one out"]),
     "no published weights": (["--pretrained", *HALF], ["resnet20", "checkpoint"]),
     "loss not finite in pretraining": (["--pretrain-epochs", "1", "--pretrain-lr", "1e20", *HALF], ["loss", "lr"]),
-    "loss not finite in fine-tuning": (["--epochs", "1", "--lr", "1e20", *HALF], ["loss", "--lr"]),
     "ratio of zero": (["--macs", "0"], ["--macs", "above 0"]),
     "ratio above one": (["--macs", "1.5"], ["--macs", "at most 1"]),
     "negative ratio": (["--params", "-0.5"], ["--params", "above 0"]),
@@ -60,6 +59,13 @@ CASES: dict[str, tuple[list[str], list[str]]] = {
     "seed too large": (["--seed", "9" * 30, *HALF], ["--seed", str(2**32 - 1)]),
     "latency at batch zero": (["--latency-batch-sizes", "1,0", *HALF], ["--latency-batch-sizes", "'1,0'"]),
     "iterative without epochs": (["--schedule", "iterative", *HALF], ["--schedule", "--epochs"]),
+    "steps of another schedule": (["--prune-every", "7", *HALF], ["--prune-every", "iterative"]),
+    "channels of another schedule": (["--prune-channels", "3", *HALF], ["--prune-channels", "iterative"]),
+    "threshold of another schedule": (["--loss-threshold", "1.04", *HALF], ["--loss-threshold", "continuous"]),
+    "threshold of an iterative schedule": (
+        ["--schedule", "iterative", "--epochs", "1", "--loss-threshold", "0.1", *HALF],
+        ["--loss-threshold", "continuous"],
+    ),
     "unknown schedule": (["--schedule", "gradual", *HALF], ["--schedule", "one-shot"]),
     "layer to ignore is not there": (["--ignore", "nolayer", *HALF], ["'nolayer'", "not in the model"]),
     "unknown device": (["--device", "banana", *HALF], ["--device", "banana"]),
@@ -145,7 +151,7 @@ def test_one_line_and_nothing_written(command, small, files, tmp_path, name):
         (["prun"], ["'prun'", "prune"]),
         (["prune", "--macs", "0.5", "--output", "x"], ["--model", "required"]),
         (["prune", "--macs", "0.5", "--model", "resnet20"], ["--output", "required"]),
-        (["export"], ["directory", "required"]),
+        (["export"], [": directory", "required"]),
         (["measure"], ["--model", "folder"]),
     ],
 )
@@ -176,7 +182,10 @@ def test_folder_where_a_result_belongs(command, small, tmp_path):
     assert said.code == 2
     assert "plan.json" in said.errors[0]
     assert (tmp_path / "config.json").read_text() == "kept"
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "plan.json"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".state", "config.json", "plan.json"]
+    (tmp_path / "plan.json").rmdir()
+    assert command(*small, *HALF, "--output", tmp_path, "--resume").code == 0
+    assert not (tmp_path / ".state").exists()
 
 
 class _Full:
@@ -196,19 +205,19 @@ class _Full:
 
 @pytest.mark.parametrize("existing", [False, True])
 @pytest.mark.parametrize(
-    ("owner", "name", "word", "after"),
+    ("owner", "name", "word", "after", "trained"),
     [
-        (Path, "mkdir", ".state", 0),
-        (Path, "write_text", "settings", 0),
-        (Path, "write_text", "plan.json", 0),
-        (Path, "write_text", "metrics.json", 0),
-        (os, "fsync", "", 0),  # the first checkpoint of training
-        (os, "fsync", "", 2),  # the pruned network
-        (os, "replace", "plan.json", 0),
-        (os, "replace", "report.html", 0),
+        (Path, "mkdir", ".state", 0, False),
+        (Path, "write_text", "settings", 0, False),
+        (Path, "write_text", "plan.json", 0, True),
+        (Path, "write_text", "metrics.json", 0, True),
+        (os, "fsync", "", 0, False),  # the first checkpoint of training
+        (os, "fsync", "", 2, True),  # the pruned network
+        (os, "replace", "plan.json", 0, True),
+        (os, "replace", "report.html", 0, True),
     ],
 )
-def test_full_disk(command, small, tmp_path, monkeypatch, owner, name, word, after, existing):
+def test_full_disk(command, small, tmp_path, monkeypatch, owner, name, word, after, trained, existing):
     output = tmp_path / "out"
     before = {"config.json": b"old", "plan.json": b"old", "report.html": b"old", "notes.txt": b"own"}
     if existing:
@@ -224,5 +233,9 @@ def test_full_disk(command, small, tmp_path, monkeypatch, owner, name, word, aft
     assert said.code == 2
     assert len(said.errors) == 1, said.err
     assert "No space left on device" in said.errors[0]
-    assert _content(output) == (before if existing else {})
-    assert output.exists() == existing
+    content = _content(output)
+    state = {file for file in content if file.startswith(".state")}
+    assert {file: content[file] for file in content if file not in state} == (before if existing else {})
+    saved = {".state/settings.json", ".state/pretrain.pt", ".state/planned.json"}
+    assert state == (saved if trained else set())
+    assert output.exists() == (existing or trained)

@@ -19,13 +19,23 @@ def test_compare_writes_the_table_and_says_how_to_see_it(command: Callable[..., 
     said = command(*asked)
     assert said.code == 0, said.err
     assert "report.html shows it" in said.out
+    assert "nothing to resume" not in said.out
     lines = (output / "results.csv").read_text().splitlines()
     assert lines[0].startswith("model,dataset,method,seed,target,macs_ratio")
     assert len(lines) == 3
     again = command(*asked)
     assert again.code == 2
     assert "--resume" in again.errors[0]
-    assert command(*asked, "--resume").code == 0
+    again = command(*asked, "--resume")
+    assert again.code == 0
+    assert "nothing to resume" not in again.out
+
+
+def test_resume_where_no_comparison_is(command: Callable[..., Any], tmp_path: Path) -> None:
+    asked = (*SMALL, "--methods", "taylor-fo", "--macs", ".5", "--seeds", "0", "--checkpoint", tmp_path / "no.pt")
+    said = command(*asked, "--output", tmp_path / "mistyped", "--resume")
+    assert said.code == 2  # for want of the checkpoint; the line comes first
+    assert "mistyped holds no comparison: there is nothing to resume" in said.out
 
 
 @pytest.mark.parametrize(

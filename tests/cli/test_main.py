@@ -152,6 +152,7 @@ def test_python_names_become_flags(text, expected):
 def test_words_of_the_parser_become_flags():
     assert _readable('Parser key "prune.batch_size": no') == "--batch-size: no"
     assert _readable("required: prune.model") == "required: --model"
+    assert _readable("required: export.directory") == "required: directory"
     assert _readable("Expected a <class 'dict'>") == "Expected a dict"
 
 
@@ -184,9 +185,12 @@ def test_errors_in_the_program_are_not_hidden(monkeypatch):
         main(["export", "folder"])
 
 
-def test_the_command_is_installed():
+@pytest.mark.parametrize("program", [[str(Path(sys.executable).with_name("nni-plugin"))], ["-m", "nni_plugin"]])
+def test_the_command_is_installed(program, tmp_path):
     assert entry is main
-    program = Path(sys.executable).with_name("nni-plugin")
-    done = subprocess.run([program, "export"], capture_output=True, text=True, check=False)
+    program = [sys.executable, *program] if program[0] == "-m" else program
+    done = subprocess.run([*program, "export"], capture_output=True, text=True, check=False, cwd=tmp_path)
     assert done.returncode == 2
-    assert "directory" in done.stderr.splitlines()[-1]
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith("nni-plugin export: error: ")
+    assert "directory" in last

@@ -12,8 +12,8 @@ from nni_plugin.adapters.models import create_model
 from nni_plugin.checkpoint import from_pretrained, save_pretrained
 
 COLUMNS = [
-    "batch_size", "macs", "params", "latency_median_ms", "latency_iqr_ms", "images_per_second",
-    "device", "dtype", "threads",
+    "batch_size", "in_chans", "height", "width", "num_classes", "macs", "params",
+    "latency_median_ms", "latency_iqr_ms", "images_per_second", "device", "dtype", "threads",
 ]  # fmt: skip
 
 
@@ -32,6 +32,7 @@ def test_measure_a_pruned_folder(command, pruned, tmp_path):
     size = json.loads((pruned / "metrics.json").read_text())["pruned"]
     for row in rows:
         assert (int(row["macs"]), int(row["params"])) == (size["macs"], size["params"])
+        assert [row[name] for name in ("in_chans", "height", "width", "num_classes")] == ["3", "8", "8", "10"]
         median, per_second = float(row["latency_median_ms"]), float(row["images_per_second"])
         assert median > 0
         assert per_second == pytest.approx(int(row["batch_size"]) / median * 1e3, rel=0.01)
@@ -42,9 +43,11 @@ def test_measure_a_pruned_folder(command, pruned, tmp_path):
 
 def test_measure_a_model_by_name(command, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    said = command("measure", "--library", "nni_plugin", "--model", "resnet20", "--img-size", "32", "--num-classes", 10)
+    said = command("measure", "--library", "nni_plugin", "--model", "resnet20")
     assert said.code == 0, said.err
-    assert "40.81 M MACs" in said.out  # of ResNet-20 on CIFAR, as published
+    title = " ".join(said.out.partition("┏")[0].split())
+    assert "40.81 M MACs" in title  # of ResNet-20 on CIFAR, as published
+    assert "per image of 3 x 32 x 32, 10 classes" in title
     assert not list(tmp_path.iterdir())  # nothing is written unless asked for
 
 
@@ -138,6 +141,13 @@ def test_folder_without_a_network(command, pruned, tmp_path, name):
     ("arguments", "words"),
     [
         (["measure", "@", "--model", "resnet20"], ["either", "--model"]),
+        (["measure", "@", "--checkpoint", "nofile"], ["--checkpoint", "--model"]),
+        (["measure", "@", "--img-size", "999"], ["--img-size", "--model"]),
+        (["measure", "@", "--num-classes", "10"], ["--num-classes", "--model"]),
+        (["measure", "@", "--in-chans", "3"], ["--in-chans", "--model"]),
+        (["measure", "@", "--pretrained"], ["--pretrained", "--model"]),
+        (["measure", "@", "--library", "torchvision"], ["--library", "--model"]),
+        (["measure", "@", "--model-kwargs", '{"depth": 3}'], ["--model-kwargs", "--model"]),
         (["measure", "--model", "resnet2O", "--library", "nni_plugin"], ["'resnet2O'", "resnet20"]),
         (["measure", "@", "--batch-size", "0"], ["--batch-size", "at least 1"]),
         (["measure", "@", "--batch-size", "999999999999"], ["batch size"]),

@@ -61,6 +61,8 @@ def test_from_end_to_end(command, small, tmp_path, digits, schedule, extra):
         "taylor-fo", "resnet20", "digits", 0,
     )  # fmt: skip
     assert metrics["parity_max_abs"] <= 1e-4
+    assert metrics["settings"]["budget"] == "MACs(ratio=0.5)"
+    assert "timed in turns" in " ".join(said.out.split())
     assert 0 <= metrics["top1_before_finetune"] <= 100
 
     plan = PruningPlan.from_json((output / "plan.json").read_text())

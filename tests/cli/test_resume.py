@@ -110,14 +110,22 @@ def test_a_resumed_run_that_is_refused_keeps_its_state(command, whole, tmp_path)
     # Other settings: refused, with the name of the first that differs and both values.
     for flags, words in (
         (["--macs", "0.6"], ["budget", "0.5", "0.6"]),
-        (["--lr", "0.01"], ["lr", "0.05", "0.01"]),
-        (["--seed", "7"], ["seed", "0", "7"]),
-        (["--num-classes", "12"], ["num_classes", "12"]),
+        (["--lr", "0.01"], [" --lr was 0.05, now 0.01", "finetune.pt"]),
+        (["--seed", "7"], ["--seed", "0", "7"]),
+        (["--num-classes", "12"], ["--num-classes was None, now 12"]),
+        (["--model", "resnet2O"], ["--model was 'resnet20', now 'resnet2O'"]),
     ):
         said = command(*arguments, *flags, "--resume")
         assert said.code == 2
         assert len(said.errors) == 1
         assert all(word in said.errors[0] for word in [*words, "--resume"]), said.errors[0]
+
+    # Without --resume nothing is touched, a typing mistake in the command or not.
+    for flags in ([], ["--model", "resnet2O"]):
+        said = command(*arguments, *flags)
+        assert said.code == 2
+        assert all(word in said.errors[0] for word in ("--resume", "--output", "remove")), said.errors[0]
+    assert {path.name: path.read_bytes() for path in (output / ".state").iterdir() if path.is_file()} == state
 
     # A damaged checkpoint or damaged settings: said, and left for the user to look at.
     for name, content in (
@@ -133,7 +141,7 @@ def test_a_resumed_run_that_is_refused_keeps_its_state(command, whole, tmp_path)
         said = command(*arguments, "--resume")
         assert said.code == 2
         assert len(said.errors) == 1, said.err
-        assert all(word in said.errors[0] for word in (name, "damaged", "without --resume")), said.errors[0]
+        assert all(word in said.errors[0] for word in (name, "damaged", "remove")), said.errors[0]
         assert (output / ".state" / name).read_bytes() == content
         (output / ".state" / name).write_bytes(state[name])
 
@@ -142,16 +150,39 @@ def test_a_resumed_run_that_is_refused_keeps_its_state(command, whole, tmp_path)
     _same_results(output, untouched)
 
 
-def test_without_resume_a_run_starts_again(command, small, tmp_path):
-    (tmp_path / ".state").mkdir()
-    (tmp_path / ".state" / "finetune.pt").write_bytes(b"of an interrupted run")
-    assert command(*small, "--macs", "0.5", "--epochs", "1", "--output", tmp_path).code == 0
-    assert not (tmp_path / ".state").exists()
+def test_a_mended_run_goes_on_from_what_was_trained(command, small, tmp_path, monkeypatch):
+    """Fine-tuning at a rate that is too high: the dense network stays, and a lower rate goes on from it."""
+    arguments = [*small, *TRAINED, "--macs", "0.5", "--epochs", "1", "--output", tmp_path / "out"]
+    said = command(*arguments, "--lr", "1e20")
+    assert said.code == 2
+    assert all(word in said.errors[0] for word in ("loss", "--lr", "What was done is kept: --resume")), said.errors[0]
+    assert {path.name for path in (tmp_path / "out" / ".state").iterdir()} == {
+        "settings.json", "pretrain.pt", "planned.json",
+    }  # fmt: skip
+    assert command(*arguments[:-1], tmp_path / "straight").code == 0
+    monkeypatch.setattr("nni_plugin.workflow.make_plan", None)  # the plan is there, and so is the network behind it
+    assert command(*arguments, "--resume").code == 0
+    for name in ("plan.json", "model.safetensors"):
+        assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "straight" / name).read_bytes()
+
+
+def test_a_finished_run_is_held_against_its_settings(command, small, tmp_path, pruned):
+    arguments = [*small, "--pretrain-epochs", "1", "--output", pruned, "--resume"]
+    said = command(*arguments, "--macs", "0.5")
+    assert said.code == 0
+    assert "nothing to resume" in said.out
+    before = (pruned / "metrics.json").read_bytes()
+    said = command(*arguments, "--macs", "0.25")
+    assert said.code == 2
+    assert all(word in said.errors[0] for word in ("finished", "the budget", "0.25", "--output")), said.errors[0]
+    assert (pruned / "metrics.json").read_bytes() == before
 
 
 def test_resume_with_nothing_to_resume(command, small, tmp_path, pruned):
     arguments = [*small, "--pretrain-epochs", "1", "--macs", "0.5", "--resume"]
-    assert command(*arguments, "--output", tmp_path).code == 0
+    said = command(*arguments, "--output", tmp_path)
+    assert said.code == 0
+    assert "there is nothing to resume, this one starts from the beginning" in said.out
     assert (tmp_path / "plan.json").read_bytes() == (pruned / "plan.json").read_bytes()
 
 
