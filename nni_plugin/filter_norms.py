@@ -85,7 +85,8 @@ def _normalised(model: nn.Module, example_inputs: Any) -> Iterator[tuple[str, _B
 
 def _lengths(layer: nn.Module) -> Tensor:
     """Return the length of each output's filter, float64."""
-    return torch.linalg.vector_norm(layer.get_parameter("weight").double().flatten(1), dim=1)
+    lengths: Tensor = torch.linalg.vector_norm(layer.get_parameter("weight").double().flatten(1), dim=1)
+    return lengths
 
 
 def _stretch(layer: nn.Module, norm: _BatchNorm, factor: Tensor) -> None:

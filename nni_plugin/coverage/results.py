@@ -100,9 +100,7 @@ def read(path: Path) -> list[Row]:
             values |= {name: float(cells[name]) if cells[name] else None for name in _DIGITS}
             rows.append(Row(**values))
     except (ValueError, TypeError, csv.Error) as error:
-        raise OutputError(
-            f"{str(path)!r} is damaged ({error}): remove it, and --resume does that part again."
-        ) from error
+        raise OutputError(f"{str(path)!r} is damaged ({error}): remove it, then --resume.") from error
     return rows
 
 
