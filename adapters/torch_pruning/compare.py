@@ -99,7 +99,8 @@ def difference(masked: nn.Module, compact: nn.Module, example_inputs: Any) -> tu
     try:
         expected, got = (_outputs(network, example_inputs) for network in (masked, compact))
     except Exception as error:  # whatever a network of the user's raises
-        raise SurgeryError(f"The pruned network does not run: {error}. The model is unchanged.") from error
+        reason = str(error) or f"{type(error).__name__} without a word"
+        raise SurgeryError(f"The pruned network does not run: {reason}. The model is unchanged.") from error
     if [a.shape for a in expected] != [b.shape for b in got]:
         raise SurgeryError(
             f"The pruned network returns {[tuple(b.shape) for b in got]}, expected "
