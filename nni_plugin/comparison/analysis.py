@@ -183,9 +183,9 @@ def losses(rows: Sequence[Row]) -> list[str]:
         if target in best:
             found += [there + text for text in _loss(best[target])]
         elif all(is_built_in(method) for method in methods):
-            found.append(f"{there}none of ours reached it; {', '.join(methods)} did.")
+            found.append(f"{there}no result of ours; there is one of {', '.join(methods)}.")
         else:
-            found.append(f"{there}no built-in method reached it with a seed of ours: nothing to compare with.")
+            found.append(f"{there}no result of a built-in method with a seed of ours: nothing to compare with.")
     return found
 
 

@@ -64,7 +64,7 @@ def test_what_is_not_known_is_not_called_ahead() -> None:
     same = [row("tp:lamp", r.seed, r.top1 - 0.25) for r in OURS]
     assert differences([*OURS, *same])[0].verdict == "no spread"
     assert losses([*OURS, *same])[0].endswith("on seeds without spread: more is not known.")
-    assert losses(L1) == ["macs=0.5: none of ours reached it; nni:l1 did."]
+    assert losses(L1) == ["macs=0.5: no result of ours; there is one of nni:l1."]
     assert "nothing to compare with" in losses(OURS)[0]
 
 
