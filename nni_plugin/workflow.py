@@ -131,6 +131,7 @@ class _Run:
             "model": self.job.model,
             "library": self.job.library,
             "dataset": self.splits.name,
+            "settings": self.job.settings(),  # for a later --resume to be held against
             "data_fingerprint": self.splits.fingerprint,
             "seed": self.job.seed,
             **before_and_after(dense, baseline, self.model, self.splits, self.device, self.job.latency_batch_sizes),

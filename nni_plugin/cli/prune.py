@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import fields
 from importlib.util import find_spec
@@ -31,7 +30,6 @@ from nni_plugin.parts import DEFAULT_PARTS, PARTS
 
 DESCRIPTION = "Prune a network to a budget: train it if asked, prune, fine-tune, verify, measure, save."
 
-_RECORD = "metrics.json"
 _ONE_SHOT = ("reconstruct", "score_steps", "reestimate")
 _IN_STEPS = ("prune_channels", "prune_every")
 
@@ -150,7 +148,7 @@ def run(arguments: Any, command: str) -> None:
     from rich.console import Console
 
     from nni_plugin.workflow import run_job
-    from nni_plugin.workspace import is_finished, output_folder, write_file
+    from nni_plugin.workspace import is_finished
 
     console = Console(highlight=False)
 
@@ -158,12 +156,9 @@ def run(arguments: Any, command: str) -> None:
         console.print(text, markup=False, soft_wrap=True)
 
     job = job_of(arguments)
-    settings = job.settings()
-    if arguments.resume and is_finished(arguments.output, _RECORD, settings, say):
+    if arguments.resume and is_finished(arguments.output, "metrics.json", job.settings(), say):
         return
     result = run_job(job, resume=arguments.resume, command=command, say=say)
-    with output_folder(arguments.output) as folder:  # what was asked, for a later --resume to be held against
-        write_file(folder / _RECORD, json.dumps({**result.metrics, "settings": settings}, indent=1) + "\n")
     console.print(_table(result.metrics))
     say(f"{arguments.output}/report.html shows it; load it: nni_plugin.from_pretrained({str(arguments.output)!r})")
 

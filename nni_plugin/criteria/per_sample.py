@@ -84,6 +84,7 @@ class PerSampleGates:
         """Take every hook off."""
         self._stack.close()
         self._terms = [None] * len(self.members)
+        self._rerun, self._watched = None, []
 
     def take(self) -> list[Tensor]:
         """Return the gate gradients of the last minibatch, and forget them.
