@@ -18,7 +18,7 @@ from nni_plugin.benchmarks.experiment import Experiment
 from nni_plugin.benchmarks.figures import save
 from nni_plugin.benchmarks.presets import DENSE
 from nni_plugin.budgets import MACs
-from nni_plugin.comparison.analysis import Difference, differences, losses, points
+from nni_plugin.comparison.analysis import Difference, Mean, best_of_ours, differences, losses, points
 from nni_plugin.comparison.cells import keep_dense
 from nni_plugin.comparison.job import DENSE as DENSE_FOLDER
 from nni_plugin.comparison.job import ComparisonJob
@@ -152,6 +152,8 @@ def render(result: dict[str, Any]) -> str:
         "How OBS goes on after its cut (one step; after reconstruction normalisations anchored, and filters given back "
         "their lengths) was settled on these networks and test images after first runs of this table, so its rows are "
         "favoured by that; no setting of a built-in pruner was tuned here.",
+        "",
+        summary(result),
     ]
     for network, rows in _rows(result).items():
         text += ["", f"## {network}"]
@@ -178,14 +180,34 @@ def render(result: dict[str, Any]) -> str:
     return "\n".join(text) + "\n"
 
 
+def summary(result: dict[str, Any]) -> str:
+    """Return a table of each network's dense top-1, and ours against the best built-in method at each target."""
+    of_network = _rows(result)
+    targets = sorted({row.target for rows in of_network.values() for row in rows}, key=_ratio, reverse=True)
+    text = [
+        f"| network | dense | {' | '.join(f'{_ratio(target):.0%} of MACs' for target in targets)} |",
+        "|---|--:|" + "--:|" * len(targets),
+    ]
+    for network, rows in of_network.items():
+        found, best = points(rows), best_of_ours(rows)
+        cells = []
+        for target in targets:
+            pair = (best[target].method, best[target].against) if target in best else ()
+            both = [next(p for p in found if (p.target, p.method) == (target, method)) for method in pair]
+            cells.append(" / ".join(f"{point.top1}" for point in both) or "-")
+        dense = {row.seed: row.top1_baseline for row in rows}
+        text.append(f"| `{network}` | {Mean.of(dense.values())} | {' | '.join(cells)} |")
+    return "\n".join(text)
+
+
 def _rows(result: dict[str, Any]) -> dict[str, list[Row]]:
     """Return the rows of each network that has some, targets from much kept to little."""
     found = {network: [Row(**row) for row in rows] for network, rows in result["rows"].items() if rows}
-    return {network: sorted(rows, key=lambda row: (-_kept(row), row.seed)) for network, rows in found.items()}
+    return {network: sorted(rows, key=lambda row: (-_ratio(row.target), row.seed)) for network, rows in found.items()}
 
 
-def _kept(row: Row) -> float:
-    return float(row.target.partition("=")[2])
+def _ratio(target: str) -> float:
+    return float(target.partition("=")[2])
 
 
 def _line(difference: Difference) -> str:

@@ -178,6 +178,7 @@ def _prepare(job: Job, path: Path, say: Callable[[str], None]) -> Path | None:
     if job.pretrain.epochs:
         pretrain(model, splits, job.pretrain, device)
         save_file({name: tensor.contiguous() for name, tensor in model.state_dict().items()}, path)
+    say(splits.describe())
     say(f"dense: top-1 {evaluate(model, splits.test, device)['top1']:.2f} %, the start of every trial")
     return path if job.pretrain.epochs else None
 

@@ -114,6 +114,7 @@ class _Run:
 
     def run(self, command: str) -> Result:
         """Do the job and write its results."""
+        self.say(self.splits.describe())
         history = pretrain(
             self.model, self.splits, self.job.pretrain, self.device, self.places.state, resume=self.resume
         )

@@ -114,14 +114,14 @@ def is_finished(output: Path, record: str, settings: Mapping[str, Any], say: Cal
         return False
     try:
         kept = json.loads(path.read_text())
-        before = _flat(kept["settings"]) if "settings" in kept else None
+        others = other_settings(kept["settings"], settings) if "settings" in kept else []
     except (ValueError, TypeError) as error:
         raise OutputError(
             f"{str(path)!r} is damaged ({error}): remove {str(output)!r}, or give another --output."
         ) from error
-    if before is not None and (other := _others(before, settings)):
+    if others:
         raise OutputError(
-            f"The finished run in {str(output)!r} had other settings: {other[0].said}. Choose another --output, or "
+            f"The finished run in {str(output)!r} had other settings: {others[0].said}. Choose another --output, or "
             "leave --resume out to run again and replace it."
         )
     say(f"{output} holds a finished run: there is nothing to resume.")
@@ -159,7 +159,7 @@ def _move_all(results: Path, output: Path) -> None:
         raise
 
 
-class _Other(NamedTuple):
+class OtherSetting(NamedTuple):
     """A setting that two runs do not share: its dotted name, and both values in the words of the command line."""
 
     name: str
@@ -173,14 +173,14 @@ def _check_same(state: Path, settings: Mapping[str, Any]) -> None:
         OutputError: They are others, or are not to be read.
     """
     try:
-        before = _flat(json.loads((state / _SETTINGS).read_text()))
+        others = other_settings(json.loads((state / _SETTINGS).read_text()), settings)
     except (ValueError, FileNotFoundError) as error:
         raise OutputError(
             f"{str(state / _SETTINGS)!r} is damaged ({error}), so nobody knows what to go on with: remove "
             f"{str(state)!r} to start anew, or choose another --output."
         ) from error
     last = state / f"{_LAST}.pt"
-    others = [other for other in _others(before, settings) if last.exists() or not other.name.startswith(f"{_LAST}.")]
+    others = [other for other in others if last.exists() or not other.name.startswith(f"{_LAST}.")]
     if others:
         hint = f", or remove {str(last)!r} to do that training again" if others[0].name.startswith(f"{_LAST}.") else ""
         raise OutputError(
@@ -189,11 +189,19 @@ def _check_same(state: Path, settings: Mapping[str, Any]) -> None:
         )
 
 
-def _others(before: Mapping[str, Any], settings: Mapping[str, Any]) -> list[_Other]:
-    """Return the settings in which a run differs from flat ones of before, by name."""
-    now = _flat(json.loads(json.dumps(settings)))
-    names = sorted(name for name in {*before, *now} if before.get(name) != now.get(name))
-    return [_Other(name, f"{_flag(name)} was {before.get(name)!r}, now {now.get(name)!r}") for name in names]
+def other_settings(before: Any, now: Mapping[str, Any]) -> list[OtherSetting]:
+    """Return the settings in which two runs differ, by name.
+
+    Args:
+        before: As read from a JSON file.
+        now: JSON values.
+
+    Raises:
+        ValueError: `before` holds no settings.
+    """
+    was, given = _flat(before), _flat(json.loads(json.dumps(now)))
+    names = sorted(name for name in {*was, *given} if was.get(name) != given.get(name))
+    return [OtherSetting(name, f"{_flag(name)} was {was.get(name)!r}, now {given.get(name)!r}") for name in names]
 
 
 def _flag(name: str) -> str:

@@ -49,6 +49,7 @@ class DataSplits:
         fingerprint: Short digest that changes with the data.
         mean: Subtracted from each channel, of values in [0, 1].
         std: By which each channel is then divided.
+        scaling: How pictures are brought to their size for scoring and testing; empty for images of one size.
     """
 
     train: DataLoader[Batch]
@@ -61,6 +62,18 @@ class DataSplits:
     fingerprint: str
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    scaling: str = ""
+
+    def describe(self) -> str:
+        """Return in one line how many images there are, and what the network sees of them."""
+        held_out = 0 if self.held_out is None else _images(self.held_out)
+        apart = f" and {held_out:,} held-out" if held_out else ""
+        shape = " x ".join(map(str, self.input_shape))
+        mean, std = (" ".join(f"{value:.3f}" for value in values) for values in (self.mean, self.std))
+        return (
+            f"{self.name}: {_images(self.train):,} training{apart} and {_images(self.test):,} test images, "
+            f"{self.num_classes} classes; {', '.join(filter(None, (shape, self.scaling)))}, mean {mean}, std {std}"
+        )
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch, from 0, that the next iteration over `train` gives.
@@ -191,6 +204,7 @@ def create_loaders(
         fingerprint=source.fingerprint,
         mean=source.mean,
         std=source.std,
+        scaling=source.scaling,
     )
 
 
@@ -201,6 +215,10 @@ def is_in_memory(dataset: str) -> bool:
         DataError: If the data set is unknown.
     """
     return _known_name(dataset) in _IN_MEMORY
+
+
+def _images(loader: DataLoader[Batch]) -> int:
+    return len(loader.sampler)  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)

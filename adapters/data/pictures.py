@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 from timm.data import create_dataset, create_transform
-from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.data.constants import DEFAULT_CROP_MODE, DEFAULT_CROP_PCT, IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset
 from torchvision.datasets import ImageFolder
@@ -176,6 +176,9 @@ def load_pictures(
         fingerprint=_digest(train, test, data_dir),
         training=training,
         test=Pictures(test, np.arange(len(test)), transform(False), _MODES[in_chans], classes, seed),
+        scaling=(
+            f"{crop_mode or DEFAULT_CROP_MODE} crop of {crop_pct or DEFAULT_CROP_PCT:g}, {interpolation or 'bilinear'}"
+        ),
     )
 
 

@@ -29,6 +29,8 @@ class Source:
         training: Gives the data set of some training images, by index, augmented or not.
         test: The test images.
         collate: Of the loaders; None for torch's own.
+        scaling: How pictures are brought to their size for scoring and testing, for people; empty for images of
+            one size.
     """
 
     name: str
@@ -41,6 +43,7 @@ class Source:
     training: Callable[[NDArray[np.int64], bool], Dataset[tuple[Tensor, Tensor]]]
     test: Dataset[tuple[Tensor, Tensor]]
     collate: Callable[[Any], tuple[Tensor, Tensor]] | None = None
+    scaling: str = ""
 
 
 def check_labels(labels: NDArray[np.int64], num_classes: int, what: str) -> None:

@@ -33,7 +33,7 @@ from nni_plugin.comparison.store import NOT_ASKED, Outcome, Store, without_passw
 from nni_plugin.errors import OutputError, TrainingError
 from nni_plugin.job import network_of
 from nni_plugin.machine import describe_machine, usable_device
-from nni_plugin.workspace import write_file
+from nni_plugin.workspace import other_settings, write_file
 
 READY, SETTINGS = "ready", "settings.json"
 """In the output folder: the run whose cells the store holds, for the processes of `torchrun`; what all cells share."""
@@ -131,13 +131,16 @@ def _agree(path: Path, settings: Mapping[str, Any], resume: bool) -> None:
             f"{str(path.parent)!r} holds a comparison. Give --resume to go on with it, also with further methods, "
             "targets or seeds, or choose another --output."
         )
-    before, now = json.loads(path.read_text()), json.loads(json.dumps(settings))
-    other = sorted(name for name in {*before, *now} if before.get(name) != now.get(name))
-    if other:
+    try:
+        others = other_settings(json.loads(path.read_text()), settings)
+    except ValueError as error:
         raise OutputError(
-            f"This comparison was begun with another {other[0].replace('_', ' ')}: {before.get(other[0])!r}, now "
-            f"{now.get(other[0])!r}. Give the same settings (methods, targets and seeds may grow), or choose another "
-            "--output."
+            f"{str(path)!r} is damaged ({error}): remove {str(path.parent)!r}, or choose another --output."
+        ) from error
+    if others:
+        raise OutputError(
+            f"The comparison in {str(path.parent)!r} was begun with other settings: {others[0].said}. Give the same "
+            "ones (methods, targets and seeds may grow), or choose another --output."
         )
 
 

@@ -156,6 +156,7 @@ class _Run:
     def run(self, command: str) -> dict[str, Any]:
         """Do the job and write its results."""
         job = self.job
+        self.say(self.splits.describe())
         pretrain(self.model, self.splits, job.pretrain, self.device, self.places.state, resume=self.resume)
         self.model.eval()
         top1 = evaluate(self.model, self.splits.test, self.device)["top1"]

@@ -220,6 +220,8 @@ def test_held_out_comes_from_the_training_images() -> None:
     assert len(held_out) == pytest.approx(0.25 * len(rows(whole.score)), abs=5)
     assert rows(parted.test) == rows(whole.test)
     assert len(parted.held_out.dataset) == len(held_out)  # type: ignore[arg-type]
+    assert parted.describe().startswith(f"digits: {len(kept):,} training and {len(held_out)} held-out and ")
+    assert "held-out" not in whole.describe()
 
 
 def test_stratified_split() -> None:
@@ -358,6 +360,8 @@ def test_pictures_in_the_format_of_a_model(tmp_path: Path) -> None:
     assert torch.equal(gathered(splits.test)[0], torch.stack(pictures))
     assert str(transform.transforms[0]) in str(splits.score.dataset.transform)  # type: ignore[attr-defined]
     assert "bicubic" in str(splits.train.dataset.transform)  # type: ignore[attr-defined]
+    seen = f"3 x 160 x 160, center crop of {config['crop_pct']:g}, bicubic, mean 0.500 0.500 0.500"
+    assert seen in splits.describe()
     wide = create_loaders("ImageFolder", root, batch_size=2, img_size=16, crop_mode="squash", crop_pct=1.0)
     assert not torch.equal(
         gathered(wide.test)[0], gathered(create_loaders("ImageFolder", root, batch_size=2, img_size=16).test)[0]
