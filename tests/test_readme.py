@@ -1,10 +1,13 @@
 """The Python blocks of the README run, one after the other, as a reader would paste them."""
 
+import json
 import re
 from pathlib import Path
 
 import pytest
 import torch
+
+from nni_plugin.benchmarks import comparison
 
 README = Path(__file__).parents[1] / "README.md"
 
@@ -20,6 +23,11 @@ def test_python_blocks_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert (tmp_path / "out/resnet18/model.safetensors").is_file()
     assert scope["speedup"].plan.cost_after.macs < 0.5 * scope["speedup"].plan.cost_before.macs  # type: ignore[attr-defined]
     assert scope["plan"].channels_kept * 2 <= scope["plan"].channels_kept + scope["plan"].channels_removed  # type: ignore[attr-defined]
+
+
+def test_the_table_is_that_of_the_committed_numbers() -> None:
+    result = json.loads((README.parent / "benchmarks" / "results" / "comparison.json").read_text())
+    assert comparison.summary(result) in README.read_text(), "copy the table from the head of docs/comparison.md"
 
 
 def test_commands_exist() -> None:

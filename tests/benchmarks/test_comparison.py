@@ -1,5 +1,6 @@
 """The page of the comparison, from the numbers that are committed and from some made up."""
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,23 @@ def test_what_is_not_ahead_is_said(result: dict[str, Any]) -> None:
     page = comparison.render({**result, "rows": {"resnet20": rows}})
     assert page.count("is ahead of our best, obs, by") == 3
     assert "ResNet-56" not in page.partition("## resnet20")[2]
+
+
+def test_the_summary_holds_ours_against_the_hardest_to_beat() -> None:
+    def row(method: str, target: str, seed: int, top1: float) -> dict[str, Any]:
+        made = {field.name: 1.0 for field in dataclasses.fields(Row)}
+        return {**made, "method": method, "target": target, "seed": seed, "top1": top1, "top1_baseline": 90.0 + seed}
+
+    rows = [
+        row("obs", "macs=0.5", 0, 80.0), row("obs", "macs=0.5", 1, 82.0), row("tp:taylor", "macs=0.5", 0, 70.0),
+        row("tp:taylor", "macs=0.5", 1, 70.0), row("nni:l1", "macs=0.5", 0, 60.0), row("nni:l1", "macs=0.75", 0, 65.0),
+    ]  # fmt: skip
+    table = comparison.summary({"rows": {"some": rows, "not_run": []}})
+    assert table.splitlines() == [
+        "| network | dense | 75% of MACs | 50% of MACs |",
+        "|---|--:|--:|--:|",
+        "| `some` | 90.50 ± 0.71 | - | 81.00 ± 1.41 / 70.00 ± 0.00 |",
+    ]
 
 
 def test_the_figure_has_a_panel_for_each_network_that_has_rows(result: dict[str, Any], tmp_path: Path) -> None:
