@@ -31,7 +31,6 @@ class LivePlan:
         kept: Channels that stay, in the numbering of now, ascending.
         factors: What the gate of each channel there now has been multiplied by, float64, shape `[width now]`.
         steps: One record a pruning step: sizes, and what is known of the loss.
-        loss_after: Mean loss after the last step, where it was measured.
     """
 
     def __init__(self, groups: Iterable[ChannelGroup]) -> None:
@@ -40,7 +39,6 @@ class LivePlan:
         self.kept = dict(self.origin)
         self.factors = {name: torch.ones(width, dtype=torch.float64) for name, width in self.dense_widths.items()}
         self.steps: list[dict[str, float]] = []
-        self.loss_after: float | None = None
 
     @property
     def is_cut(self) -> bool:
@@ -64,6 +62,10 @@ class LivePlan:
         if predicted is not None:
             step["predicted_loss_change"] = predicted
         self.steps.append(step)
+
+    def measure(self, loss: float, step: int = -1) -> None:
+        """Note the mean loss after a step, on the minibatches of its window."""
+        self.steps[step]["loss_change"] = loss - self.steps[step]["loss_before"]
 
     def narrow(self) -> None:
         """Follow a physical cut: the channels that stay are all there is."""
@@ -101,23 +103,15 @@ class LivePlan:
             factors = None if bool((factor == 1).all()) else tuple(factor.tolist())
             groups.append(GroupPlan(name, width, tuple(self.origin[name][kept].tolist()), factors, ranges.get(name)))
         changes = [step.get("predicted_loss_change") for step in self.steps]
+        steps = [dict(step) for step in self.steps]
         return PruningPlan(
             groups=tuple(groups),
             model=model,
             cost_before=before.cost,
             cost_after=after.cost,
             predicted_loss_change=sum(c for c in changes if c is not None) if changes and None not in changes else None,
-            provenance={**provenance, "steps": self._account(), "versions": library_versions()},
+            provenance={**provenance, "steps": steps, "versions": library_versions()},
         )
-
-    def _account(self) -> list[dict[str, float]]:
-        """Return the steps, each with the measured change of the loss until the next, or until `loss_after`."""
-        after = [*(step.get("loss_before") for step in self.steps), self.loss_after][1:]
-        account = []
-        for step, loss in zip(self.steps, after, strict=True):
-            known = loss is not None and "loss_before" in step
-            account.append({**step, "loss_change": loss - step["loss_before"]} if known else dict(step))  # type: ignore[operator]
-        return account
 
     def state_dict(self) -> dict[str, Any]:
         """Return everything, as dicts of tensors and numbers."""

@@ -258,7 +258,10 @@ class PruningPlan:
         )
 
     def explain(self) -> str:
-        """Return a table: layer, channels kept of total, score range, share of all channels removed."""
+        """Return a table: layer, channels kept of total, score range, share of all channels removed.
+
+        What leaves altogether, costs, and by step the change of the loss predicted and measured, where known, follow.
+        """
         cut = max(self.channels_removed, 1)
         rows = [("layer", "kept/total", "scores", "share of the cut")]
         for group in self.groups:
@@ -285,6 +288,10 @@ class PruningPlan:
         lines.append(f"{' and '.join(said)} removed")
         if self.cost_before is not None and self.cost_after is not None:
             lines.append(f"{self.cost_before} -> {self.cost_after}")
+        for number, step in enumerate(self.provenance.get("steps", ()), start=1):
+            if (predicted := step.get("predicted_loss_change")) is not None:
+                measured = f", measured {step['loss_change']:+.4g}" if "loss_change" in step else ""
+                lines.append(f"step {number}: loss change predicted {predicted:+.4g}{measured}")
         return "\n".join(line.rstrip() for line in lines)
 
     def to_json(self) -> str:

@@ -19,7 +19,7 @@ from nni_plugin.errors import CriterionError, ScheduleError
 from nni_plugin.groups import ChannelGroup
 from nni_plugin.parts import DEFAULT_PARTS
 from nni_plugin.plan import PruningPlan
-from nni_plugin.processes import pooled_mean
+from nni_plugin.processes import gathered, pooled_mean
 from nni_plugin.schedules import Continuous, Gradual, OneShot, Schedule
 from nni_plugin.scorer import ForeignCriterion, Scorer
 
@@ -131,11 +131,9 @@ def run_without_training(
     with pruner:
         if pruner.scorer.needs_data and not pruner.done:
             _pass_over(pruner, batches, loss_fn, reestimate)
-        pruner.finish()
-        if reestimate:
-            reestimate_batchnorm(pruner.model, batches, loss_fn)
-        if pruner.scorer.predicts:
-            pruner.live.loss_after = _mean_loss(pruner.model, batches, loss_fn)
+        if not pruner.done:
+            pruner.finish()
+            _settle(pruner, batches, loss_fn, reestimate, window=batches)
         return pruner.plan()
 
 
@@ -147,6 +145,7 @@ def _pass_over(
     one_pass = isinstance(pruner.schedule, OneShot)
     step_a_pass = isinstance(pruner.schedule, Gradual) and pruner.schedule.minibatches is None
     total = len(batches) if isinstance(batches, Sized) else None
+    window: list[Any] | None = [] if pruner.scorer.predicts and pruner.schedule.minibatches is not None else None
     with tqdm(desc="score", total=total if one_pass else None, unit="batch", delay=2, disable=None) as bar:
         while True:
             seen = 0
@@ -158,23 +157,55 @@ def _pass_over(
                 pruner.on_backward(loss, batch, loss_scale=1.0)
                 pruner.on_step()
                 bar.update()
-                if pruner.done:
-                    return
+                if window is not None:
+                    window.append(batch)
                 if len(pruner.steps) > steps:  # a window of its own for each step
                     steps = len(pruner.steps)
-                    model.zero_grad(set_to_none=True)
-                    if reestimate:
-                        reestimate_batchnorm(model, batches, loss_fn)
-            if seen == 0:
-                raise CriterionError("There is no batch to score with: the loader is empty (or used up).")
+                    _settle(pruner, batches, loss_fn, reestimate, window)
+                    window = None if window is None else []
+                if pruner.done:
+                    return
+            _check_seen(seen, together=one_pass or step_a_pass)
             if step_a_pass:
                 pruner.step()
                 steps = len(pruner.steps)
-                model.zero_grad(set_to_none=True)
-                if reestimate and not pruner.done:
-                    reestimate_batchnorm(model, batches, loss_fn)
+                if pruner.scorer.predicts and steps > 1:  # the pass of this step has measured the one before
+                    pruner.live.measure(pruner.steps[-1]["loss_before"], step=-2)
+                _settle(pruner, batches, loss_fn, reestimate, window=batches if pruner.done else None)
             if one_pass or pruner.done:
                 return
+
+
+def _settle(
+    pruner: ChannelPruner,
+    batches: Iterable[Any],
+    loss_fn: Callable[[nn.Module, Any], Tensor],
+    reestimate: bool,
+    window: Iterable[Any] | None,
+) -> None:
+    """After a step: a network as it goes on, and on the minibatches of the step's window what the step has done."""
+    pruner.model.zero_grad(set_to_none=True)
+    if reestimate:
+        reestimate_batchnorm(pruner.model, batches, loss_fn)
+    if window is not None and pruner.scorer.predicts:
+        loss = _mean_loss(pruner.model, window, loss_fn)
+        if loss is not None:
+            pruner.live.measure(loss)
+
+
+def _check_seen(seen: int, *, together: bool) -> None:
+    """Refuse a pass without minibatches.
+
+    Args:
+        seen: How many this process has seen.
+        together: Whether every process is at this point, so that all can be told.
+
+    Raises:
+        CriterionError: There were none.
+    """
+    if (min(gathered(seen)) if together else seen) == 0:
+        where = " in one of the processes" if seen else ""
+        raise CriterionError(f"There is no batch to score with{where}: the loader is empty (or used up).")
 
 
 @torch.no_grad()
@@ -222,8 +253,8 @@ def score_groups(
                     model.zero_grad(set_to_none=True)
                 scorer.backward(model, batch, loss_fn, create_graph=scorer.needs_graph)
                 scorer.update(model, groups, due=False, batch=batch)
-            if seen == 0 and scorer.needs_data:
-                raise CriterionError("There is no batch to score with: the loader is empty (or used up).")
+            if scorer.needs_data:
+                _check_seen(seen, together=True)
             scorer.read(groups)
             scores = scorer.scores(groups, {group.name: torch.arange(group.width) for group in groups}, 0.0)
         finally:

@@ -20,6 +20,16 @@ def several() -> bool:
     return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
+def rank() -> int:
+    """Return the number of this process, from 0."""
+    return torch.distributed.get_rank() if several() else 0
+
+
+def count() -> int:
+    """Return how many processes there are."""
+    return torch.distributed.get_world_size() if several() else 1
+
+
 def agreed(value: T) -> T:
     """Return what the first process has found; every process calls this with its own.
 

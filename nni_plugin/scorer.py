@@ -10,12 +10,14 @@ import inspect
 import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from nni_plugin.cost import tensors_in
 from nni_plugin.criteria.base import Conclusion, Criterion
 from nni_plugin.errors import CriterionError
 from nni_plugin.groups import ChannelGroup
@@ -100,9 +102,11 @@ class Scorer:
         A stock importance that has `accumulate_grad(model)` is given the gradient of every sample instead.
 
         Raises:
-            CriterionError: `loss_fn` gave no scalar that depends on parameters, a minibatch has no samples, or it is
-                too small for the statistics of a batch normalisation in train mode.
+            CriterionError: `loss_fn` gave no finite scalar that depends on parameters, a minibatch has no samples, or
+                it is too small for the statistics of a batch normalisation in train mode.
         """
+        if any(tensor.dim() > 0 and len(tensor) == 0 for tensor in tensors_in(batch)[:1]):
+            raise CriterionError("The minibatch is empty: there is nothing to score with.")
         accumulate = None if isinstance(self.criterion, Criterion) else getattr(self.criterion, "accumulate_grad", None)
         if accumulate is None:
             return _backward(model, batch, loss_fn, gradients=self.needs_gradients, create_graph=create_graph)
@@ -257,7 +261,9 @@ def _backward(
     create_graph: bool,
 ) -> float:
     try:
-        with torch.set_grad_enabled(gradients):
+        # Fused attention has no second derivative.
+        backends = sdpa_kernel(SDPBackend.MATH) if create_graph else nullcontext()
+        with torch.set_grad_enabled(gradients), backends:
             loss = loss_fn(model, batch)
     except ValueError as error:
         if "more than 1 value per channel" not in str(error):
@@ -270,12 +276,15 @@ def _backward(
         raise CriterionError(
             f"loss_fn must return a scalar tensor that depends on parameters (requires_grad), got {loss}."
         )
+    value = float(loss.detach())
+    if not math.isfinite(value):
+        raise CriterionError(f"The loss of a minibatch is {value}: look at the data, and at what the network makes of them.")
     if gradients:
         with warnings.catch_warnings():
             # Gradients are cleared before the next minibatch, which ends the cycle that torch warns of.
             warnings.filterwarnings("ignore", "Using backward.. with create_graph=True", UserWarning)
             loss.backward(create_graph=create_graph)
-    return float(loss.detach())
+    return value
 
 
 def _text(value: Any) -> str:

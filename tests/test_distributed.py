@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from gated import batches, loss_of
+from gated import batches, collected, loss_of
 from networks_at_random import Branches, conv_bn, randomise
 from torch import nn
 
@@ -22,14 +22,18 @@ from nni_plugin import (
     plan_channels,
     reestimate_batchnorm,
 )
-from nni_plugin.criteria import TaylorFO
+from nni_plugin.adapters.torch_pruning import find_groups
+from nni_plugin.criteria import OBS, TaylorFO
+from nni_plugin.errors import CriterionError
 from nni_plugin.methods import create_criterion
 
 METHODS = (
     "taylor-fo",
     "taylor-fg",
     "taylor-fisher",
+    "taylor-so",
     "taylor-so-row",
+    "obd",
     "feature-map",
     "obs",
     "oracle",
@@ -52,10 +56,12 @@ def share_of(data: list[Any], rank: int, processes: int) -> list[Any]:
     return data[rank * len(data) // processes : (rank + 1) * len(data) // processes]
 
 
-def plan_of(method: str, rank: int = 0, processes: int = 1, number: int = 4, **options: Any) -> PruningPlan:
-    """Plan on this process's minibatches."""
+def plan_of(
+    method: str, rank: int = 0, processes: int = 1, number: int = 4, dealt: bool = False, **options: Any
+) -> PruningPlan:
+    """Plan on this process's minibatches; `dealt`: like cards, instead of those that follow each other."""
     data, model = batches(number), network()
-    share = share_of(data, rank, processes)
+    share = data[rank::processes] if dealt else share_of(data, rank, processes)
     return plan_channels(model, data[0][0], create_criterion(method), share, loss_of, Channels(9), **options)
 
 
@@ -89,13 +95,23 @@ def work(folder: Path, rank: int) -> None:
     init = f"file://{folder / 'meeting'}"
     torch.distributed.init_process_group("gloo", init_method=init, rank=rank, world_size=PROCESSES)
     plans = {method: plan_of(method, rank, PROCESSES).to_json() for method in METHODS}
+    plans |= {f"{method}, dealt": plan_of(method, rank, PROCESSES, dealt=True).to_json() for method in METHODS}
     plans["steps"] = plan_of("taylor-fisher", rank, PROCESSES, schedule=Iterative(3, 1)).to_json()
     plans["settled"] = plan_of("taylor-fo", rank, PROCESSES, **SETTLED).to_json()
     model, data = network(), batches(1)
     rounding = _ByRank(rank)
     plans["by rank"] = plan_channels(model, data[0][0], rounding, data, loss_of, Channels(9)).to_json()
     statistics = {number: settled(rank, PROCESSES, number) for number in (1, 3)}
-    torch.save({"plans": plans, "settled": statistics, "left": losses_that_part(rank)}, folder / f"{rank}.pt")
+    groups = [group for group in find_groups(model, data[0][0]) if group.fixed is None]
+    few = collected(model, OBS(max_samples=10), batches(4)[rank::PROCESSES], groups)  # of 16 samples
+    few.all_reduce()
+    refused = ""
+    try:
+        plan_channels(model, data[0][0], TaylorFO(), data if rank == 0 else [], loss_of, Channels(9))
+    except CriterionError as error:
+        refused = str(error)
+    said = {"refused": refused, "rows": len(few.rows), "left": losses_that_part(rank)}
+    torch.save({"plans": plans, "settled": statistics, **said}, folder / f"{rank}.pt")
     torch.distributed.destroy_process_group()
 
 
@@ -137,9 +153,11 @@ def found(done: list[dict[str, Any]]) -> list[dict[str, PruningPlan]]:
     return [{name: PruningPlan.from_json(text) for name, text in one["plans"].items()} for one in done]
 
 
+@pytest.mark.parametrize("dealt", [False, True])
 @pytest.mark.parametrize("method", METHODS)
-def test_two_processes_find_what_one_finds(found: list[dict[str, PruningPlan]], method: str) -> None:
+def test_two_processes_find_what_one_finds(found: list[dict[str, PruningPlan]], method: str, dealt: bool) -> None:
     alone = plan_of(method)
+    method += ", dealt" * dealt
     assert alone.channels_kept == 9
     for plans in found:
         assert plans[method].kept() == alone.kept()
@@ -158,6 +176,16 @@ def test_two_processes_find_what_one_finds(found: list[dict[str, PruningPlan]], 
 
 def test_compensation_was_put_to_the_test(found: list[dict[str, PruningPlan]]) -> None:
     assert any(group.factors is not None for group in found[0]["obs"].groups)
+
+
+def test_a_process_without_minibatches_is_told_to_all(done: list[dict[str, Any]]) -> None:
+    """And nobody is left waiting."""
+    assert "no batch to score with in one of the processes: the loader is empty" in done[0]["refused"]
+    assert "no batch to score with: the loader is empty" in done[1]["refused"]
+
+
+def test_rows_are_bounded_in_all_processes_together(done: list[dict[str, Any]]) -> None:
+    assert [one["rows"] for one in done] == [10, 10]
 
 
 def test_all_processes_hold_one_plan(found: list[dict[str, PruningPlan]]) -> None:

@@ -26,7 +26,7 @@ from nni_plugin import (
     verify,
 )
 from nni_plugin.adapters.torch_pruning import find_groups
-from nni_plugin.criteria import TaylorFO
+from nni_plugin.criteria import TaylorFisher, TaylorFO
 from nni_plugin.criteria.rerun import RandomState
 from nni_plugin.errors import BudgetError, CriterionError, GraphError, NNIPluginError
 from nni_plugin.networks import resnet20
@@ -502,3 +502,42 @@ def test_gradual_takes_its_steps_and_meets_the_budget(criterion: Callable[[], An
     assert sizes == sorted(set(sizes), reverse=True)
     once = plan_channels(model, X, criterion(), batches(), loss_fn, budget)
     assert plan.channels_kept == pytest.approx(once.channels_kept, abs=2)
+
+
+@pytest.mark.parametrize(
+    "schedule", [OneShot(), OneShot(2), Iterative(3, 1), Iterative(3, 2), Gradual(2), Gradual(3, 1)], ids=repr
+)
+def test_the_measured_change_of_a_step_is_the_removals_own(schedule: Any) -> None:
+    """Channels that do nothing leave: the loss stays, whatever the minibatches on which steps follow each other."""
+    model = residual()
+    dead = {"1": 4, "3.branches.0.1": 2}
+    with torch.no_grad():
+        for path, number in dead.items():
+            norm = model.get_submodule(path)
+            norm.weight[:number], norm.bias[:number] = 0, 0  # type: ignore[index, operator]
+        for path in ("3.branches.0.4", "4.branches.0.4"):
+            norm = model.get_submodule(path)
+            norm.weight[:4], norm.bias[:4] = 0, 0  # type: ignore[index, operator]
+    model.eval()
+    whole = sum(group.width for group in find_groups(model, X) if group.fixed is None)
+    plan = plan_channels(model, X, TaylorFisher(), batches(4), loss_fn, Channels(whole - 6), schedule=schedule)
+    steps = plan.provenance["steps"]
+    assert len(steps) == (1 if isinstance(schedule, OneShot) else len(steps))
+    assert [step["loss_change"] for step in steps] == pytest.approx([0.0] * len(steps), abs=1e-12)
+    assert all(f"step {n}: loss change predicted " in plan.explain() for n in range(1, len(steps) + 1))
+
+
+def test_the_measured_change_of_each_step_on_its_window() -> None:
+    model, data = residual().eval(), batches(2)
+    plan = plan_channels(model, X, TaylorFisher(), data, loss_fn, Channels(14), schedule=Gradual(2, 1))
+    first = plan_channels(model, X, TaylorFisher(), data, loss_fn, Channels(10), schedule=OneShot(1))
+    slim = copy.deepcopy(model)
+    first.apply(slim, X)
+    change = float(loss_fn(slim, data[0]) - loss_fn(model, data[0]))
+    assert abs(change) > 1e-6
+    assert first.provenance["steps"][0]["loss_change"] == pytest.approx(change, abs=1e-9)
+    pruned = copy.deepcopy(model)
+    plan.apply(pruned, X)
+    assert len(plan.provenance["steps"]) == 2
+    last = plan.provenance["steps"][1]
+    assert last["loss_before"] + last["loss_change"] == pytest.approx(float(loss_fn(pruned, data[1])), abs=1e-9)

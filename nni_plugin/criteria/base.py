@@ -151,11 +151,7 @@ class Criterion(ABC):
                 is not finite.
         """
         group = ChannelGroup.from_host(group)
-        if self.needs_data and self.minibatches == 0:
-            raise CriterionError(
-                f"{type(self).__name__} has seen no minibatch: run some inside `with criterion.collect(model):`, "
-                "calling criterion.update() after each backward()."
-            )
+        self._check_seen()
         if self._shapes and (network := self._network_of(group)) is not None:
             # The group's own channels alone: whoever cuts group by group may ask for the next in between.
             for piece in (piece for member in group.members for piece in member.slices if piece.tensor in self._shapes):
@@ -195,6 +191,18 @@ class Criterion(ABC):
         """Sum what every process collected, so that all hold the same scores; nothing alone."""
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             self.minibatches = self._summed(self.minibatches)
+
+    def _check_seen(self) -> None:
+        """Refuse to score without data.
+
+        Raises:
+            CriterionError: The criterion needs data and has seen none.
+        """
+        if self.needs_data and self.minibatches == 0:
+            raise CriterionError(
+                f"{type(self).__name__} has seen no minibatch: run some inside `with criterion.collect(model):`, "
+                "calling criterion.update() after each backward()."
+            )
 
     def _network_of(self, group: ChannelGroup) -> nn.Module | None:
         """Return the network being collected from; outside, the one a group came with, else the one collected last."""

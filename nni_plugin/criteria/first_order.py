@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
+from nni_plugin.criteria.gates import accumulable
 from nni_plugin.errors import CriterionError
 from nni_plugin.groups import Member
 from nni_plugin.tensors import Place, places_of, tensor_of
@@ -41,7 +42,8 @@ def member_gates(model: nn.Module, members: Sequence[Member], *, squared: bool =
         for parameter, layer, place in parameters_of(model, member):
             if parameter.grad is None:
                 raise no_gradient(f"{member.path}.{place.tensor}" if layer is not None else member.path)
-            pairs.append((parameter.detach(), parameter.grad.detach()))
+            # Before they are multiplied: squares of small products vanish in float16.
+            pairs.append((accumulable(parameter.detach()), accumulable(parameter.grad.detach())))
             places.append((i, parameter, layer, place))
     if not pairs:
         return []

@@ -54,6 +54,7 @@ class GateCriterion(GateReader):
         Returns:
             Changes in units of the loss, shape `[width]`; None for a criterion that predicts no sign.
         """
+        self._check_seen()
         changes = self._changes(self._mean(ChannelGroup.from_host(group)))
         return None if changes is None else changes.cpu()
 
@@ -95,8 +96,8 @@ class GateCriterion(GateReader):
 
     def _mean(self, group: ChannelGroup) -> Sums:
         """Return the mean statistics of one group."""
-        if self._layout is not None:
-            gates = self._layout.gates_of(group)
+        if self._layout is not None or self._sums:
+            gates = self._placed().gates_of(group)
             return {key: total[..., gates.to(total.device)] / self._count for key, total in self._sums.items()}
         members = self._choose(group, {key[0] for key in self._rows if key[1] == "out"})
         layout = GateLayout([(group, members)])

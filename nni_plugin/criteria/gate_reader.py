@@ -91,6 +91,19 @@ class GateReader(Criterion):
             return [term / self.loss_scale for term in self._watcher.take()]
         return [accumulable(term) for term in member_gates(model, members)]
 
+    def _placed(self) -> GateLayout:
+        """Return where the gates of the groups lie.
+
+        Raises:
+            CriterionError: What was collected came from a state, and the groups have not been named since.
+        """
+        if self._layout is None:
+            raise CriterionError(
+                f"{type(self).__name__} holds data from a saved state, but not of which groups: enter "
+                "`with criterion.collect(model, groups):` with those before asking for scores."
+            )
+        return self._layout
+
     # -- where the gates lie -----------------------------------------------------------------------------
 
     def _members(self, model: nn.Module, group: ChannelGroup) -> tuple[Member, ...]:

@@ -70,25 +70,13 @@ class GateLayout:
     def gates_of(self, group: ChannelGroup) -> Tensor:
         """Return the gates of a group's channels, int64, shape `[width]`.
 
-        Stock pruners may reach a group from another of its layers than ours did: then the layer they started from
-        says which channel is which.
-
         Raises:
             CriterionError: The group is none of this layout's.
         """
-        root = group.members[0]
         for ours in self._groups.values():
-            start = int(self._slices[ours.name].start)
-            if ours is group or (ours.name == group.name and ours.width == group.width):
-                return torch.arange(start, start + group.width)
-            for member in ours.members:
-                if (member.path, member.axis) == (root.path, root.axis) and len(member.index) == len(root.index):
-                    at = torch.full((int(member.index.max()) + 1,), -1)
-                    at[member.index] = member.channel
-                    channels: Tensor = torch.empty(group.width, dtype=torch.int64)
-                    channels[root.channel] = at[root.index.clamp(max=len(at) - 1)]
-                    if ours.width == group.width and bool((channels >= 0).all()):
-                        return channels + start
+            channels = channels_of(ours, group)
+            if channels is not None:
+                return channels + int(self._slices[ours.name].start)
         raise CriterionError(f"Group {group.name!r} was not among the groups collected for; pass it to collect().")
 
     @property
@@ -112,6 +100,28 @@ class GateLayout:
         position, gate = (index.to(terms[0].device) for index in self._index)
         self._index = position, gate
         return position, gate
+
+
+def channels_of(ours: ChannelGroup, group: ChannelGroup) -> Tensor | None:
+    """Return which channel of ours each channel of a group is, int64, shape `[width]`; None where it is another group.
+
+    Stock pruners may reach a group from another of its layers than ours did: then the layer they started from says
+    which channel is which.
+    """
+    if ours.width != group.width:
+        return None
+    if ours is group or ours.name == group.name:
+        return torch.arange(group.width)
+    root = group.members[0]
+    for member in ours.members:
+        if (member.path, member.axis) == (root.path, root.axis) and len(member.index) == len(root.index):
+            at = torch.full((int(member.index.max()) + 1,), -1)
+            at[member.index] = member.channel
+            channels: Tensor = torch.empty(group.width, dtype=torch.int64)
+            channels[root.channel] = at[root.index.clamp(max=len(at) - 1)]
+            if bool((channels >= 0).all()):
+                return channels
+    return None
 
 
 class TiedGates:

@@ -23,6 +23,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from nni_plugin import processes
 from nni_plugin.criteria import quadratic
 from nni_plugin.criteria.base import Conclusion, Criterion
 from nni_plugin.criteria.gate_reader import GateReader, Gates
@@ -50,10 +51,12 @@ class OBS(GateReader):
             order of removal, and for compensation the one of `DAMPINGS` under which the held-out fifth of the samples
             loses least.
         compensate: Whether the gates that stay move; without it only the order is used.
-        linear: Let the mean gradient pull too. Off: the network is taken as trained.
+        linear: Let the mean gradient pull too: a full Newton step of all gates, far too long on a network that is not
+            trained (its loss may grow a thousandfold). Off: the network is taken as trained.
         cost_aware: Remove what loses least per MAC (or whatever the budget counts) instead of per channel. Off: it
             takes the channels of the widest maps first, far beyond where a quadratic model holds.
-        max_samples: Rows kept; once there are so many, further minibatches are not looked at.
+        max_samples: Rows kept, by all processes together; once there are so many (in each process its share of
+            them), further minibatches are not looked at.
     """
 
     per_sample = True
@@ -96,7 +99,8 @@ class OBS(GateReader):
     def _gather(self, model: nn.Module) -> None:
         assert self._layout is not None
         rows = self._layout.joint(self._terms(model, self._layout.members))
-        rows = rows[: max(self.max_samples - self.samples, 0)].detach().cpu()
+        share = -(-self.max_samples // processes.count())
+        rows = rows[: max(share - self.samples, 0)].detach().cpu()
         self._gradients.append(rows)
         self.samples += len(rows)
         self._position = None
@@ -131,10 +135,10 @@ class OBS(GateReader):
     # -- what the pruner asks ----------------------------------------------------------------------------
 
     def _score(self, group: ChannelGroup) -> Tensor:
-        assert self._layout is not None
+        layout = self._placed()
         if self._position is None:
             self._position = self._order()
-        return self._position[self._layout.gates_of(group)]
+        return self._position[layout.gates_of(group)]
 
     def _order(self) -> Tensor:
         """Return the position of each gate in the order of removal, float64, shape `[gates]`."""
@@ -174,9 +178,12 @@ class OBS(GateReader):
         return Conclusion(factors, quadratic.loss_change(gradients, z, linear=self.linear))
 
     def _best_damping(self, gradients: Tensor, removed: Tensor) -> float:
-        held_out = torch.arange(len(gradients)) % 5 == 0
         if len(gradients) < 10:
             return DAMPINGS[2]
+        # Every fifth by length, whatever the order in which the samples came, to one process or to several.
+        by_length = gradients.double().square().sum(1).argsort(stable=True)
+        held_out = torch.zeros(len(gradients), dtype=torch.bool)
+        held_out[by_length[2::5]] = True
         losses = []
         for damping in DAMPINGS:
             z = quadratic.compensation(
@@ -201,15 +208,12 @@ class OBS(GateReader):
         self._gradients, self._position = list(state["gradients"]), None
 
     def all_reduce(self) -> None:
-        """Gather the rows of every process, in the order of ranks."""
+        """Gather the rows of every process."""
         super().all_reduce()
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            assert self._layout is not None
-            mine = torch.cat(self._gradients) if self._gradients else torch.zeros(0, self._layout.size)
-            everyone: list[Any] = [None] * torch.distributed.get_world_size()
-            torch.distributed.all_gather_object(everyone, mine)
-            self._gradients, self._position = list(everyone), None
-            self.samples = sum(len(rows) for rows in everyone)
+        if processes.several():
+            mine = torch.cat(self._gradients) if self._gradients else torch.zeros(0, self._placed().size)
+            self._gradients, self._position = processes.gathered(mine), None
+            self.samples = sum(len(rows) for rows in self._gradients)
 
 
 def _is_number(value: object) -> bool:

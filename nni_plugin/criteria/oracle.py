@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 from nni_plugin.criteria.ablation import Ablations, LossFn, cross_entropy
 from nni_plugin.criteria.base import Criterion
+from nni_plugin.criteria.gates import channels_of
 from nni_plugin.errors import CriterionError
 from nni_plugin.groups import ChannelGroup
 from nni_plugin.processes import summed
@@ -61,6 +62,7 @@ class Oracle(Criterion):
         if channels_per_group is not None and channels_per_group < 1:
             raise CriterionError(f"channels_per_group must be at least 1, got {channels_per_group}.")
         self.signed, self.memory, self.channels_per_group, self.seed = signed, memory, channels_per_group, seed
+        self._measured: dict[str, ChannelGroup] = {}
         super().__init__()
         self.loss_fn = loss_fn
 
@@ -82,6 +84,7 @@ class Oracle(Criterion):
             widths = {group.name: group.width for group in asked}
             if self._sums and {name: len(total) for name, total in self._sums.items()} != widths:
                 raise CriterionError("The Oracle holds data of other groups; call reset() before.")
+            self._measured = {group.name: group for group in asked}
             self._ablations = Ablations(asked, self.loss_fn or cross_entropy, self.memory, self._drawn(asked))
             try:
                 yield self
@@ -104,12 +107,16 @@ class Oracle(Criterion):
             CriterionError: The group was not among those collected for.
         """
         group = ChannelGroup.from_host(group)
-        if group.name not in self._sums:
-            raise CriterionError(
-                f"Group {group.name!r} was not measured: it was not passed to collect(), must keep all its channels, "
-                "or no minibatch has been seen."
-            )
-        return self._sums[group.name] / self.samples
+        if group.name in self._sums and len(self._sums[group.name]) == group.width:
+            return self._sums[group.name] / self.samples
+        for name, ours in self._measured.items():  # a stock pruner may start from another of its layers
+            channels = channels_of(ours, group)
+            if channels is not None and name in self._sums:
+                return self._sums[name][channels] / self.samples
+        raise CriterionError(
+            f"Group {group.name!r} was not measured: it was not passed to collect(), must keep all its channels, "
+            "or no minibatch has been seen."
+        )
 
     def state_dict(self) -> dict[str, Any]:
         """Return the sums collected."""

@@ -254,7 +254,8 @@ class PerSampleGates:
         samples = self._samples
         if samples == 0:
             raise CriterionError(
-                f"{type(self.model).__name__} itself was not called: samples are counted at its input."
+                f"{type(self.model).__name__} itself was not called, where samples are counted at its input, or with "
+                "an empty minibatch."
             )
         if rows.shape[0] % samples or (isinstance(layer, nn.Embedding) and rows.shape[0] != samples):
             raise CriterionError(

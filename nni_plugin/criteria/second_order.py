@@ -16,7 +16,8 @@ one Hessian-vector product over weights gives the one over gates,
 
 The last term is the curvature of `w(z)` itself: it couples two different gates, never one with itself, and is exact.
 Row sums need one product. The diagonal needs one a gate (`samples=None`), or is estimated without bias as
-`mean_s v_s (H v_s)` over random signs (Hutchinson 1990), the same on every process.
+`mean_s v_s (H v_s)` over random signs (Hutchinson 1990), which depend on the seed and on the minibatch: whichever
+process it comes to, and as the how-manieth, it gets the same.
 
 Cost: the backward pass records its own graph (about twice its time, and its activations); a product costs about
 another two backward passes.
@@ -31,13 +32,18 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from nni_plugin.cost import tensors_in
 from nni_plugin.criteria.first_order import no_gradient, parameters_of, per_channel
 from nni_plugin.criteria.gate_criterion import GateCriterion, Sums
 from nni_plugin.criteria.gate_reader import Gates
 from nni_plugin.criteria.gates import GateLayout, accumulable
 from nni_plugin.errors import CriterionError
+from nni_plugin.processes import rank
 
 Hessian = Literal["row", "diagonal"]
+
+_SHOWN = 4096
+"""About so many values of each tensor of a minibatch tell it from others."""
 
 
 class _SecondOrder(GateCriterion):
@@ -46,7 +52,8 @@ class _SecondOrder(GateCriterion):
     Args:
         gates: Where the gate lies, see :class:`GateCriterion`.
         samples: Random vectors a minibatch for the diagonal; None: the exact diagonal, one product a gate.
-        seed: Of the random vectors.
+        seed: Of the random vectors. Those of one minibatch are the same in every process where `update(batch)` is
+            given it.
     """
 
     needs_graph = True
@@ -76,7 +83,15 @@ class _SecondOrder(GateCriterion):
         """Return what stands for the curvature of each gate: its diagonal entry, shape `[gates]`."""
         if self.vectors is None:
             return hessian.diagonal()
-        return hessian.estimated_diagonal(self.vectors, f"{self.seed}:{self.minibatches}")
+        return hessian.estimated_diagonal(self.vectors, f"{self.seed}:{self._minibatch()}")
+
+    def _minibatch(self) -> str:
+        """Return what tells this minibatch from others: some of its values, or else who has seen it, and when."""
+        shown = [tensor.detach().flatten() for tensor in tensors_in(self._batch)]
+        shown = [values[:: max(len(values) // _SHOWN, 1)].double().cpu() for values in shown if not values.is_complex()]
+        if not any(map(len, shown)):
+            return f"{rank()}:{self.minibatches}"
+        return hashlib.sha256(b"".join(values.numpy().tobytes() for values in shown)).hexdigest()
 
 
 class TaylorSO(_SecondOrder):

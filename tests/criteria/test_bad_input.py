@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from gated import Batch, batches, loss_of
+from gated import Batch, batches, collected, loss_of
 from networks_at_random import Branches, assert_same, conv_bn, randomise, state_of
 from torch import Tensor, nn
 
@@ -129,11 +129,26 @@ def test_a_loss_that_is_not_finite(ask: Any, method: str, value: float) -> None:
         return loss_of(model, batch) * value
 
     model, criterion = network(), create_criterion(method)
-    with untouched(model), pytest.raises(CriterionError, match=r"finite|loss is (nan|inf)") as caught:
+    with untouched(model), pytest.raises(CriterionError, match=r"finite|loss .*is (nan|inf)") as caught:
         ask(model, criterion, batches(), loss)
     assert "look at the data" in str(caught.value).lower()
     criterion.loss_fn = None
     assert_usable_again(criterion, ask)
+
+
+@pytest.mark.parametrize("method", DATA)
+def test_a_loss_that_is_infinite_with_finite_gradients(ask: Any, method: str) -> None:
+    model = network()
+    with untouched(model), pytest.raises(CriterionError, match=r"(?i)loss .*is inf.*look at the data"):
+        ask(model, create_criterion(method), batches(), lambda model, batch: loss_of(model, batch) + math.inf)
+
+
+@pytest.mark.parametrize("method", DATA)
+def test_a_minibatch_without_samples(ask: Any, method: str) -> None:
+    model, data = network(), batches()
+    data[1] = (data[1][0][:0], data[1][1][:0])
+    with untouched(model), pytest.raises(CriterionError, match="minibatch is empty"):
+        ask(model, create_criterion(method), data, lambda model, batch: loss_of(model, batch).nan_to_num())
 
 
 @pytest.mark.parametrize("method", DATA)
@@ -221,3 +236,27 @@ def test_every_method_is_looked_at() -> None:
     assert set(GRADIENTS) <= set(DATA) < set(METHODS)
     assert {"taylor-fo", "obs", "oracle"} <= set(DATA)
     assert all(isinstance(METHODS[name](), Criterion) for name in METHODS)
+
+
+# -- what is read from a state, or asked too early ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", [name for name in METHODS if name not in ("oracle", "random") and name in DATA])
+def test_a_state_without_the_groups_it_was_of(method: str) -> None:
+    model, data = network(), batches(1)
+    groups = [group for group in find_groups(model, data[0][0]) if group.fixed is None]
+    criterion, later = create_criterion(method), create_criterion(method)
+    collected(model, criterion, data, groups)
+    later.load_state_dict(criterion.state_dict())
+    with pytest.raises(CriterionError, match=r"enter `with criterion\.collect"):
+        later(groups[0])
+    with later.collect(model, groups):
+        pass
+    assert torch.equal(later(groups[0]), criterion(groups[0]))
+
+
+@pytest.mark.parametrize("method", ["taylor-fo", "taylor-fisher", "taylor-so", "obd"])
+def test_a_prediction_without_data(method: str) -> None:
+    group = find_groups(network(), batches(1)[0][0])[0]
+    with pytest.raises(CriterionError, match="has seen no minibatch"):
+        create_criterion(method).loss_changes(group)

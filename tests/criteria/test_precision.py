@@ -155,6 +155,29 @@ def test_a_network_in_half_precision_is_summed_up_in_float32(kind: type) -> None
     torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=0)
 
 
+@pytest.mark.parametrize("method", ["taylor-fo", "taylor-fo-weight", "taylor-fo-weight-sum"])
+def test_products_that_float16_cannot_hold(method: str) -> None:
+    """Squares of weights times gradients lie below what float16 tells from zero."""
+    model = network()
+    groups = prunable(model, batches(1))
+    generator = torch.Generator().manual_seed(0)
+    for parameter in model.parameters():
+        parameter.data.copy_(parameter.data.half())
+        parameter.grad = (1e-3 * torch.randn(parameter.shape, generator=generator)).half().to(parameter)
+    found = []
+    for dtype in (torch.float64, torch.float16):
+        for parameter in model.parameters():
+            gradient, parameter.grad = parameter.grad, None
+            parameter.data = parameter.data.to(dtype)
+            assert gradient is not None
+            parameter.grad = gradient.to(dtype)
+        criterion = create_criterion(method)
+        with criterion.collect(model, groups):
+            criterion.update()
+        found.append(torch.cat([criterion(group).double() for group in groups]))
+    torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=0)
+
+
 def test_pruning_while_training_in_bfloat16() -> None:
     """On digits, from the first minibatch to a network that is cut and goes on learning."""
     data = create_loaders("digits", batch_size=128, img_size=8, augment=False)
