@@ -278,7 +278,9 @@ def _backward(
         )
     value = float(loss.detach())
     if not math.isfinite(value):
-        raise CriterionError(f"The loss of a minibatch is {value}: look at the data, and at what the network makes of them.")
+        raise CriterionError(
+            f"The loss of a minibatch is {value}: look at the data, and at what the network makes of them."
+        )
     if gradients:
         with warnings.catch_warnings():
             # Gradients are cleared before the next minibatch, which ends the cycle that torch warns of.

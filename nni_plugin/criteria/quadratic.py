@@ -11,7 +11,7 @@ of `G` (`N x M`), the empirical Fisher is `F = G^T G / N`, and `H = F + damping 
 
 Work and memory. `H^-1` is held as a matrix up to `DENSE` gates (`8 M^2` bytes, 134 MB at 4,096). Above, the
 matrix inversion lemma writes it through `N x N` systems: two arrays of `N x M` floats (at 2,000 samples 180 MB for
-11,392 gates, 1.04 GB for 65,000), and the order takes about `2 N M^2` multiplications in all. Gates go in chunks:
+11,392 gates, 1.04 GB for 65,000), and the order takes about `N M^2` multiplications in all. Gates go in chunks:
 within a chunk removals see each other exactly among a pool of candidates; the rest is updated after each chunk.
 """
 
@@ -89,7 +89,7 @@ def removal_order(
             pool = torch.topk(before_holders, number, largest=False).indices
             gone = pool[_greedy(inverse.block(pool), value[pool], cost[alive][pool], min(count, number))]
         order.append(alive[gone])
-        value = value - inverse.columns(gone) @ torch.linalg.solve(inverse.block(gone), value[gone])
+        value = value - inverse.times(gone, torch.linalg.solve(inverse.block(gone), value[gone]))
         stays = torch.ones(len(alive), dtype=torch.bool)
         stays[gone] = False
         inverse.remove(gone, stays)
@@ -166,8 +166,8 @@ class _Inverse(ABC):
         """Return `[alive]`."""
 
     @abstractmethod
-    def columns(self, at: Tensor) -> Tensor:
-        """Return `[alive, len(at)]`."""
+    def times(self, at: Tensor, weights: Tensor) -> Tensor:
+        """Return the sum of the columns at `at`, weighted: `[alive]`."""
 
     @abstractmethod
     def block(self, at: Tensor) -> Tensor:
@@ -190,8 +190,8 @@ class _Matrix(_Inverse):
     def diagonal(self) -> Tensor:
         return self.inverse.diagonal()
 
-    def columns(self, at: Tensor) -> Tensor:
-        return self.inverse[:, at]
+    def times(self, at: Tensor, weights: Tensor) -> Tensor:
+        return self.inverse[:, at] @ weights
 
     def block(self, at: Tensor) -> Tensor:
         return self.inverse[at][:, at]
@@ -202,39 +202,42 @@ class _Matrix(_Inverse):
 
 
 class _LowRank(_Inverse):
-    """`H^-1 = (I - G^T B) / ridge` with `B = (N ridge I + G G^T)^-1 G`, over the columns that are alive."""
+    """`H^-1 = (I - G^T B) / ridge` with `B = (N ridge I + G G^T)^-1 G`, over the columns that are alive.
+
+    Both are held transposed, a gate a row: what is taken out, and summed over samples, then lies together in memory.
+    """
 
     def __init__(self, gradients: Tensor, ridge: float) -> None:
-        self.rows, self.ridge = gradients.float(), ridge
+        self.rows, self.ridge = gradients.T.float().contiguous(), ridge
         system = (gradients.float() @ gradients.float().T).double()
         system.diagonal().add_(len(gradients) * ridge)
+        solved = torch.cholesky_solve(gradients.double(), torch.linalg.cholesky(system))
         # Rank-one corrections of both by chunks: see `remove`.
-        self.solved = torch.cholesky_solve(gradients.double(), torch.linalg.cholesky(system)).float()
+        self.solved = solved.T.float().contiguous()
         self._dots = self._diagonal()
 
     def _diagonal(self) -> Tensor:
-        dots: Tensor = torch.linalg.vecdot(self.rows, self.solved, dim=0).double()
+        dots: Tensor = torch.linalg.vecdot(self.rows, self.solved).double()
         return dots
 
     def diagonal(self) -> Tensor:
         return ((1 - self._dots) / self.ridge).clamp_min(1e-12 / self.ridge)
 
-    def columns(self, at: Tensor) -> Tensor:
-        product = -(self.rows.T @ self.solved[:, at]).double()
-        product[at, torch.arange(len(at))] += 1
+    def times(self, at: Tensor, weights: Tensor) -> Tensor:
+        product = -(self.rows @ (self.solved[at].T.double() @ weights).float()).double()
+        product[at] += weights
         return product / self.ridge
 
     def block(self, at: Tensor) -> Tensor:
-        product = self.rows[:, at].double().T @ self.solved[:, at].double()
+        product = self.rows[at].double() @ self.solved[at].double().T
         product = 0.5 * (product + product.T)
         return (torch.eye(len(at), dtype=torch.float64) - product) / self.ridge
 
     def remove(self, gone: Tensor, stays: Tensor) -> None:
-        core = torch.linalg.inv(self.block(gone) * self.ridge)
-        left = self.solved[:, gone] @ core.float()
-        right = self.rows[:, gone].T @ self.solved
-        self.solved = self.solved.addmm_(left, right)[:, stays]
-        self.rows = self.rows[:, stays]
+        core = torch.linalg.inv(self.block(gone) * self.ridge).float()
+        rows, solved = self.rows[gone], self.solved[gone]
+        self.rows, self.solved = self.rows[stays], self.solved[stays]
+        self.solved.addmm_(self.solved @ rows.T, core @ solved)
         self._dots = self._diagonal()
 
 
