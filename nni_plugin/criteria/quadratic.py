@@ -29,6 +29,9 @@ DENSE = 4096
 POOL = 4
 """Candidates looked at for each gate that goes in a chunk."""
 
+MOST = 200
+"""Gates in a chunk: within one the work grows with the third power."""
+
 
 def damped(gradients: Tensor, damping: float) -> float:
     """Return what is added to the diagonal of the Fisher matrix: `damping` times the mean of its diagonal.
@@ -57,7 +60,7 @@ def removal_order(
         sizes: How many gates that leave together each column stands for, the sum of theirs; each of them is damped.
             None: one.
         chunk: Gates removed between two exact updates of all others; None: 1 up to 512 gates, then
-            1/100 of them.
+            1/100 of them, at most `MOST`.
         holds: By the number of a gate on something that holds others (a block) those others: once it is closed they
             have nothing more to say, and they are held where they are. It is taken alone, not in a chunk.
 
@@ -68,7 +71,7 @@ def removal_order(
     gates = gradients.shape[1]
     if gates == 0:
         return torch.empty(0, dtype=torch.int64)
-    chunk = chunk or (gates // 100 if gates > 512 else 1)
+    chunk = chunk or (min(gates // 100, MOST) if gates > 512 else 1)
     # A gate on k tied ones has k times their damping: in units in which it is sqrt(k), it has theirs.
     value = torch.ones(gates, dtype=torch.float64) if sizes is None else sizes.double().sqrt()
     gradients = gradients if sizes is None else gradients / value.to(gradients)
