@@ -38,7 +38,8 @@ def test_result_is_what_was_written(tmp_path):
     result = run_job(_job(tmp_path / "out"), say=lines.append, command="the command that was run")
     assert result.metrics == json.loads((tmp_path / "out" / "metrics.json").read_text())
     assert result.plan == PruningPlan.from_json((tmp_path / "out" / "plan.json").read_text())
-    assert lines[0].startswith("dense: top-1 ")
+    assert lines[0].startswith("digits: ")
+    assert lines[1].startswith("dense: top-1 ")
     assert result.plan.explain() in lines
     assert "the command that was run" in (tmp_path / "out" / "report.html").read_text()
 

@@ -26,8 +26,8 @@ another two backward passes.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
-from typing import Literal
+from collections.abc import Iterator, Mapping
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -91,7 +91,23 @@ class _SecondOrder(GateCriterion):
         shown = [values[:: max(len(values) // _SHOWN, 1)].double().cpu() for values in shown if not values.is_complex()]
         if not any(map(len, shown)):
             return f"{rank()}:{self.minibatches}"
-        return hashlib.sha256(b"".join(values.numpy().tobytes() for values in shown)).hexdigest()
+        found = hashlib.sha256(b"".join(values.numpy().tobytes() for values in shown)).hexdigest()
+        self._times[found] = self._times.get(found, 0) + 1  # the same minibatch once more draws anew
+        return f"{found}:{self._times[found]}"
+
+    def reset(self) -> None:
+        """Forget everything collected."""
+        super().reset()
+        self._times: dict[str, int] = {}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the sums collected, and which minibatches have been seen."""
+        return {**super().state_dict(), "times": dict(self._times)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Put back what :meth:`state_dict` returned."""
+        super().load_state_dict(state)
+        self._times = dict(state["times"])
 
 
 class TaylorSO(_SecondOrder):

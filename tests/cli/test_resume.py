@@ -192,12 +192,15 @@ def test_control_c_on_the_installed_command(small, tmp_path):
     arguments = [*small, "--macs", "0.5", "--pretrain-epochs", "500", "--output", str(tmp_path / "out")]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     with subprocess.Popen([program, *arguments], stderr=subprocess.PIPE, text=True, env=environment) as process:
-        deadline = time.monotonic() + 60
-        while not (tmp_path / "out" / ".state" / "pretrain.pt").exists() and time.monotonic() < deadline:
-            assert process.poll() is None
-            time.sleep(0.05)
-        process.send_signal(signal.SIGINT)
-        _, said = process.communicate(timeout=30)
+        try:
+            deadline = time.monotonic() + 120
+            while not (tmp_path / "out" / ".state" / "pretrain.pt").exists() and time.monotonic() < deadline:
+                assert process.poll() is None
+                time.sleep(0.05)
+            process.send_signal(signal.SIGINT)
+            _, said = process.communicate(timeout=60)
+        finally:
+            process.kill()  # 500 epochs
     assert process.returncode == 130
     assert "Traceback" not in said
     assert said.splitlines()[-1] == "nni-plugin prune: interrupted; the same command with --resume goes on."

@@ -333,7 +333,7 @@ def test_a_gradient_scaler_is_allowed_for() -> None:
         with torch.no_grad():  # as torch.amp.GradScaler.unscale_ does
             for parameter in model.parameters():
                 parameter.grad.div_(1024)
-        criterion.update(loss_scale=1024.0)
+        criterion.update(batch, loss_scale=1024.0)
     torch.testing.assert_close(flat(criterion, groups), right, rtol=1e-12, atol=0)
 
 
