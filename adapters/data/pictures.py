@@ -134,8 +134,8 @@ def load_pictures(
     for what, (value, known) in choices.items():
         if value is not None and value not in known:
             raise DataError(f"Expected {what} to be one of {', '.join(known)}, got {value!r}.")
-    if crop_pct is not None and not crop_pct > 0:
-        raise DataError(f"Expected a crop_pct above 0, got {crop_pct}.")
+    if crop_pct is not None and not 0 < crop_pct <= 1:
+        raise DataError(f"Expected a crop_pct above 0 and at most 1, the share of a side, got {crop_pct}.")
     size = img_size or 224
     shape = (in_chans, size, size)
     gray = in_chans == 1

@@ -517,6 +517,7 @@ def test_bad_image_folders(tmp_path: Path) -> None:
         create_loaders("ImageFolder", root, batch_size=4, num_classes=2)
     for arguments, text in (
         ({"crop_pct": 0.0}, "crop_pct above 0"),
+        ({"crop_pct": 95.0}, "at most 1"),
         ({"crop_mode": "middle"}, "crop_mode to be one of center, squash, border, got 'middle'"),
         ({"interpolation": "random"}, "interpolation to be one of nearest, bilinear"),
     ):
