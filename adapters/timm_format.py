@@ -43,7 +43,8 @@ Needs timm and nothing else; run it in the folder of the two files:
 {lines}
 ```
 
-The network is in eval mode and gives the outputs of the one that was exported, bit by bit.
+The network is in eval mode and contiguous memory format, and gives the outputs of the exported one in that format bit
+by bit.
 """
 
 
@@ -66,7 +67,7 @@ class TimmFiles:
     def __str__(self) -> str:
         """Return a sentence for a terminal, and the lines."""
         return (
-            f"{self.text.name} and {self.weights.name} give PyTorch's outputs bit by bit; to load them "
+            f"{self.text.name} and {self.weights.name} give PyTorch's outputs bit by bit (contiguous format); to load them "
             f"({self.how_to.name}):\n{self.lines}"
         )
 

@@ -158,6 +158,16 @@ class Latency:
         if isinstance(self.batch_size, bool) or not isinstance(self.batch_size, int) or self.batch_size < 1:
             raise BudgetError(f"Latency: batch_size must be an integer of at least 1, got {self.batch_size!r}.")
 
+    def __str__(self) -> str:
+        """Return what is asked, without the rest.
+
+        Example:
+            >>> f"{Latency(0.7)}, {Latency(ms=3.5, batch_size=8)}"
+            'Latency(ratio=0.7), Latency(ms=3.5) at batch size 8'
+        """
+        asked = f"Latency(ratio={self.ratio})" if self.ms is None else f"Latency(ms={self.ms})"
+        return asked if self.batch_size == 1 else f"{asked} at batch size {self.batch_size}"
+
     def limit(self, dense: Size) -> float:
         """Return the most milliseconds of one pass."""
         if self.ms is not None:

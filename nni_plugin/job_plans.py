@@ -71,8 +71,9 @@ def method_of(job: Job) -> Any:
     known = known_methods()
     if job.method not in known:
         names = [*known, *LAYER_METHODS, JOINT, *SEARCHES]
-        close = difflib.get_close_matches(job.method, names, n=3) or sorted(names)
-        raise CriterionError(f"Unknown method {job.method!r}; did you mean {', '.join(close)}?")
+        close = difflib.get_close_matches(job.method, names, n=3)
+        hint = f"did you mean {', '.join(close)}?" if close else f"expected one of {', '.join(sorted(names))}."
+        raise CriterionError(f"Unknown method {job.method!r}; {hint}")
     return create_criterion(job.method, job.seed)
 
 
@@ -137,7 +138,10 @@ def check_job(job: Job, method: Any, model: nn.Module, examples: Tensor) -> None
         return
     if isinstance(job.budget, Layers):
         raise BudgetError(f"{job.method} removes channels: give --macs, --params, --channels or --latency.")
-    dense = pruner_of(job, model, examples, method, "never").dense
+    pruner = pruner_of(job, model, examples, method, "never")
+    if _asked(job, "parts") and not any(group.part for group in pruner.groups):
+        raise BudgetError(f"{job.model} has no such parts of a transformer that may shrink: leave --parts out.")
+    dense = pruner.dense
     if job.budget.value(dense) <= job.budget.limit(dense):
         raise BudgetError(
             f"{job.budget} is met by the dense network already ({dense.cost}, {dense.channels} coupled channels): "

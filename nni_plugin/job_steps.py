@@ -88,7 +88,7 @@ def before_and_after(
         latency_batch_sizes: To time at.
 
     Returns:
-        `baseline`, `pruned` and `latency_ratio` of `metrics.json`.
+        `baseline`, `pruned`, `latency_ratio` and `latency_ratio_iqr` of `metrics.json`.
     """
     if any(is_channels_last(parameter) for parameter in slim.parameters()):
         dense.to(memory_format=torch.channels_last)
@@ -106,4 +106,5 @@ def before_and_after(
             "latency_ms": {str(pair.second.batch_size): pair.second.median_ms for pair in pairs},
         },
         "latency_ratio": {str(pair.first.batch_size): pair.ratio for pair in pairs},
+        "latency_ratio_iqr": {str(pair.first.batch_size): pair.ratio_iqr for pair in pairs},
     }

@@ -59,12 +59,14 @@ class LatencyPair:
         ratio: Median over the rounds of (time of the second / time of the first); below 1 the second
             is faster. Steadier than the ratio of the two medians, since each round is short.
         rounds: Number of rounds.
+        ratio_iqr: Interquartile range of the rounds' ratios: how far `ratio` can be trusted.
     """
 
     first: Latency
     second: Latency
     ratio: float
     rounds: int
+    ratio_iqr: float = 0.0
 
 
 @contextmanager
@@ -182,9 +184,9 @@ def measure_pair(
                 # would otherwise always favour the same one.
                 for i in (0, 1) if turn % 2 == 0 else (1, 0):
                     times[i].append(timers[i].timeit(passes[i]))
-            ratio = statistics.median(b.median / a.median for a, b in zip(*times, strict=True))
+            low, ratio, high = statistics.quantiles(b.median / a.median for a, b in zip(*times, strict=True))
             before, after = (_latency(list(t), batch_size, place, dtype, threads) for t in times)
-            pairs.append(LatencyPair(before, after, ratio, rounds))
+            pairs.append(LatencyPair(before, after, ratio, rounds, high - low))
     return pairs
 
 

@@ -23,6 +23,7 @@ _HISTORY_COLUMNS = {
 _MACS_FELL = 0.9
 """Share of the MACs left, or less, at which latency is expected to follow: above it, a measurement says little."""
 
+_UNCERTAIN = 0.1
 _LATENCY_FOLLOWED = 0.25
 """Part of what MACs have lost that latency must have lost."""
 
@@ -63,7 +64,8 @@ class Report:
         metrics: What `metrics.json` holds: `method`, `model`, `dataset`, `seed`, `baseline` and `pruned`
             (each `top1` in percent, `macs` per image, `params`, `latency_ms` by batch size as text),
             `top1_before_finetune` in percent, `removed` (`channels`, `blocks`) and `seconds` by stage.
-            `latency_ratio` by batch size, where it was measured in turns, goes before the quotient.
+            `latency_ratio` by batch size, where it was measured in turns, goes before the quotient;
+            `latency_ratio_iqr` is the interquartile range over the rounds.
         command: The exact command that was run, seed included.
         history: Rows in order of time, as `report_plots.plot_history` takes them.
         widths: Per layer its name, channels kept and channels before, in the order of the network.
@@ -148,14 +150,15 @@ def before_after(metrics: Mapping[str, Any]) -> list[Row]:
 
 
 def latency_notes(metrics: Mapping[str, Any]) -> list[str]:
-    """Say where multiply-accumulates went and the time did not.
+    """Say where multiply-accumulates went and the time did not, and where the time is uncertain.
 
     Args:
         metrics: As in `Report`; nothing is said of what is missing.
 
     Returns:
         A sentence, with both figures, for each batch size at which latency lost less than a quarter of the share that
-        MACs lost, when they lost a tenth at least: at 0.6 of the MACs, a latency above 0.9.
+        MACs lost, when they lost a tenth at least: at 0.6 of the MACs, a latency above 0.9. One for each at which the
+        ratios of the rounds have an interquartile range above 0.1: no cause is told there.
 
     Example:
         >>> before, after = ({"macs": macs, "latency_ms": {"1": ms}} for macs, ms in ((100, 2.0), (60, 1.9)))
@@ -170,11 +173,19 @@ def latency_notes(metrics: Mapping[str, Any]) -> list[str]:
     before, after = old.get("latency_ms", {}), new.get("latency_ms", {})
     for size in sorted({size for size in before if before[size] and size in after}, key=int):
         ratio = metrics.get("latency_ratio", {}).get(size, after[size] / before[size])
-        if macs <= _MACS_FELL and 1 - ratio < _LATENCY_FOLLOWED * (1 - macs):
-            went = f"only to {ratio:.3f}" if ratio < 1 else f"to {ratio:.3f}"
+        iqr = metrics.get("latency_ratio_iqr", {}).get(size, 0.0)
+        if iqr > _UNCERTAIN:
             notes.append(
-                f"MACs fell to {macs:.3f} of the dense network, latency at batch {size} {went}: what was removed took "
-                "little time there. A budget of latency (--latency) removes what does; so may larger batches."
+                f"Latency at batch {size}, {ratio:.3f} of the dense network's, is uncertain: over the rounds of timing "
+                f"the ratio has an interquartile range of {iqr:.3f}. Measure again while the machine does nothing else."
+            )
+        elif macs <= _MACS_FELL and 1 - ratio < _LATENCY_FOLLOWED * (1 - macs):
+            went = f"only to {ratio:.3f}: what was removed took little time there."
+            if ratio >= 1:
+                went = f"to {ratio:.3f}: the narrower layers are no faster there."
+            notes.append(
+                f"MACs fell to {macs:.3f} of the dense network, latency at batch {size} {went} "
+                "A budget of latency (--latency) removes what takes time; larger batches may gain more too."
             )
     return notes
 

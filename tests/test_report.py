@@ -146,6 +146,16 @@ def test_each_batch_size_is_looked_at_and_turns_go_before_the_quotient():
     assert latency_notes({"baseline": {"macs": 0}, "pruned": {}}) == latency_notes({}) == []
 
 
+def test_no_cause_is_told_of_a_time_that_is_uncertain():
+    certain = sized(0.6, 0.95) | {"latency_ratio": {"1": 0.95}, "latency_ratio_iqr": {"1": 0.02}}
+    [note] = latency_notes(certain)
+    assert "took little time" in note
+    [note] = latency_notes(certain | {"latency_ratio_iqr": {"1": 0.31}})
+    assert "took little time" not in note
+    assert "0.950 of the dense network's, is uncertain" in note
+    assert "interquartile range of 0.310" in note
+
+
 def test_a_report_says_that_latency_did_not_follow(tmp_path):
     write_report(tmp_path / "report.html", replace(REPORT, metrics=METRICS | {"latency_ratio": {"1": 0.97}}))
     html = (tmp_path / "report.html").read_text()

@@ -17,7 +17,7 @@ from nni_plugin.adapters.torch_pruning.compare import Parity, compare
 from nni_plugin.adapters.torch_pruning.graph import find_groups
 from nni_plugin.adapters.torch_pruning.probe import without_chance
 from nni_plugin.adapters.torch_pruning.surgery import cut_channels
-from nni_plugin.adapters.torch_pruning.verify import verify_with_blocks
+from nni_plugin.adapters.torch_pruning.verify import verify_with_blocks, warn_of_another
 from nni_plugin.cost import call
 from nni_plugin.errors import PlanError, SurgeryError
 from nni_plugin.groups import ChannelGroup
@@ -47,11 +47,15 @@ def apply_plan(
     Returns:
         The same object. Its attribute `pruning_plan` is the plan (with its `shells`, composed with earlier ones).
 
+    Warns:
+        UserWarning: The plan fits, but was made on a network of another size.
+
     Raises:
         PlanError: The plan names a group that the network does not have, or of another width, or one that
             must stay whole, or a block that cannot be removed.
         SurgeryError: The smaller network does not run, or does not compute what the masked one does.
     """
+    warn_of_another(model, plan)
     if plan.removed_blocks:
         return _apply_with_blocks(model, plan, example_inputs, check)
     found = list(find_groups(model, example_inputs, parts=parts_of(plan.provenance)) if groups is None else groups)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,6 +13,7 @@ from nni_plugin.adapters.torch_pruning.blocks import channel_part
 from nni_plugin.adapters.torch_pruning.compare import TOLERANCE, Parity, compare, difference
 from nni_plugin.adapters.torch_pruning.graph import find_groups
 from nni_plugin.adapters.torch_pruning.probe import without_chance
+from nni_plugin.cost import count_params
 from nni_plugin.errors import SurgeryError
 from nni_plugin.groups import ChannelGroup
 from nni_plugin.layers.removal import Removal, find_removal
@@ -44,6 +46,7 @@ def verify(
         PlanError: The plan does not fit the network.
         SurgeryError: One of the two networks gives other outputs in number or shape, or does not run.
     """
+    warn_of_another(model_before, plan)
     if plan.removed_blocks:
         removal = find_removal(model_before, plan.removed_blocks, example_inputs)
         return verify_with_blocks(model_before, plan, removal, example_inputs, tolerance=tolerance)
@@ -80,3 +83,14 @@ def verify_with_blocks(
     channels = compare(slim, rest, example_inputs, groups, tolerance=tolerance)
     largest = max(parity.max_abs, channels.max_abs), max(parity.max_rel, channels.max_rel)
     return Parity(*largest, tolerance, channels.renormalised)
+
+
+def warn_of_another(model: nn.Module, plan: PruningPlan) -> None:
+    """Warn where a plan was made on a network of another size: names and widths of a deeper one may fit by chance."""
+    params = count_params(model)
+    if plan.cost_before is not None and plan.cost_before.params != params:
+        warnings.warn(
+            f"The plan was made on a network of {plan.cost_before.params:,} parameters, this one has {params:,}: "
+            "what the plan does not name stays whole. Make a plan on this network, unless the two are meant to differ.",
+            stacklevel=4,
+        )

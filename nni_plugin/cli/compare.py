@@ -98,7 +98,7 @@ def _table(rows: Any) -> Any:
 
     table = Table(title=f"{rows[0].model} on {rows[0].dataset}")
     for heading in ("target", "method", "top-1 (%)", "before", "MACs", "latency", "s"):
-        table.add_column(heading, justify="left" if heading in ("target", "method") else "right", no_wrap=True)
+        table.add_column(heading, justify="left" if heading in ("target", "method") else "right", overflow="fold")
     for point in points(rows):
         ratios = (point.macs_ratio, point.latency_ratio)
         table.add_row(

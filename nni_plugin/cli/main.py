@@ -69,6 +69,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             if not isinstance(error, OutputError) and _can_go_on(chosen):
                 text = f"{text.rstrip('.')}. What was done is kept: --resume goes on with it."
             return _refuse(program, text)
+        except UnicodeDecodeError as error:
+            if chosen is not None:  # only the file of --config is read before
+                raise
+            return _refuse(program, f"--config: Expected a file of text in UTF-8: {error}")
         except (MemoryError, RuntimeError) as error:
             if not isinstance(error, MemoryError) and not any(text in str(error) for text in _OUT_OF_MEMORY):
                 raise

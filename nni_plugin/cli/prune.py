@@ -6,6 +6,7 @@ import argparse
 from collections.abc import Callable, Mapping
 from dataclasses import fields
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import jsonargparse
@@ -25,6 +26,7 @@ from nni_plugin.cli.arguments import (
     number,
     optional_bool,
 )
+from nni_plugin.cli.export import FILES
 from nni_plugin.errors import BudgetError, TrainingError
 from nni_plugin.parts import DEFAULT_PARTS, PARTS
 
@@ -76,7 +78,7 @@ def add_options(parser: jsonargparse.ArgumentParser) -> None:
     add(
         "--score-steps",
         type=above(1),
-        help="steps of one-shot, each on fresh scores (1; obs without --reconstruct: 10)",
+        help="steps of one-shot, each on fresh scores (1; obs without --reconstruct: 10, obs-joint: 5)",
     )
     add(
         "--search-steps",
@@ -158,8 +160,11 @@ def run(arguments: Any, command: str) -> None:
     job = job_of(arguments)
     if arguments.resume and is_finished(arguments.output, "metrics.json", job.settings(), say):
         return
+    earlier = _exports_in(arguments.output, job.model)
     result = run_job(job, resume=arguments.resume, command=command, say=say)
     console.print(_table(result.metrics))
+    if earlier:
+        say(f"{' and '.join(earlier)} in {arguments.output} are of the network that was there before: export anew.")
     say(f"{arguments.output}/report.html shows it; load it: nni_plugin.from_pretrained({str(arguments.output)!r})")
 
 
@@ -267,6 +272,12 @@ def _budget_of(arguments: Any) -> Budget:
         return BUDGETS[flag](amount, arguments)
     except BudgetError as error:
         raise argparse.ArgumentError(None, f"--{flag}: {str(error).rstrip('.')}") from error
+
+
+def _exports_in(folder: Path, model: str) -> list[str]:
+    """Return the names of the files of `export` in a folder: another network in it makes them out of date."""
+    names = [*FILES.values(), f"{model.partition('.')[0]}.txt"]
+    return [name for name in names if (folder / name).is_file()]
 
 
 def _table(metrics: dict[str, Any]) -> Any:

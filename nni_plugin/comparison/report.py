@@ -33,8 +33,9 @@ def write_results(folder: Path, rows: Sequence[Row], record: Mapping[str, Any]) 
     Args:
         folder: Where, a folder that exists.
         rows: A row a cell.
-        record: How it came about: `command`, `settings`, `machine`, `versions`, `not_done`, `hosts`,
-            `ours_alone`, `latency_batch_size`, `processes`, `seconds`.
+        record: How it came about: `runs` (of each call its `command`, `processes` and `seconds`), `settings`,
+            `machine`, `versions`, `not_done`, `ours_alone`, `latency_batch_size`, `hosts` (by method, what was asked
+            of its library in all cells) and `host_cells` (by cell, the rest).
     """
     figures = _figures(rows)
     for name, svg in figures.items():
@@ -90,10 +91,10 @@ def render(rows: Sequence[Row], record: Mapping[str, Any], figures: Mapping[str,
         hosts={method: _host(host) for method, host in record["hosts"].items()},
         latency_batch_size=record["latency_batch_size"],
         epochs=settings["finetune"]["epochs"],
-        processes=record["processes"],
+        processes=max(run["processes"] for run in record["runs"]),
         machine=record["machine"],
         versions=record["versions"],
-        command=record["command"],
+        commands=list(dict.fromkeys(run["command"] for run in record["runs"] if run["command"])),
         rows=[
             (
                 row.method,

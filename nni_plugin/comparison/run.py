@@ -14,7 +14,7 @@ import os
 import threading
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -86,7 +86,9 @@ def _lead(
             except KeyboardInterrupt:
                 write_file(folder / RESULTS, to_csv(_rows(store.outcomes())))
                 raise
-            return _finish(wanted, store.outcomes(), command, time.perf_counter() - begun)
+            finally:
+                store.note_run(_run(wanted, command, time.perf_counter() - begun))
+            return _finish(wanted, store)
     except Timeout as error:
         raise OutputError(f"Another process is at work on the comparison in {str(folder)!r}; wait for it.") from error
     except OSError as error:
@@ -144,17 +146,22 @@ def _agree(path: Path, settings: Mapping[str, Any], resume: bool) -> None:
         )
 
 
-def _finish(wanted: ComparisonJob, outcomes: list[Outcome], command: str, seconds: float) -> list[Row]:
+def _run(wanted: ComparisonJob, command: str, seconds: float) -> dict[str, Any]:
+    if wanted.storage:
+        command = command.replace(wanted.storage, without_password(wanted.storage))
+    return {"command": command, "seconds": round(seconds, 1), "processes": wanted.processes}
+
+
+def _finish(wanted: ComparisonJob, store: Store) -> list[Row]:
     """Write the results of all cells that are done, of earlier runs too; returns their rows."""
+    outcomes = store.outcomes()
     asked, rows = set(wanted.cells()), _rows(outcomes)
     not_done = [outcome for outcome in outcomes if outcome.cell in asked and outcome.metrics is None]
     for outcome in not_done:
         warnings.warn(f"{outcome.cell.name} {outcome.status}: {outcome.reason}", stacklevel=4)
     if not rows:
         raise TrainingError(f"No cell was done. The first, {not_done[0].cell.name}: {not_done[0].reason}")
-    if wanted.storage:
-        command = command.replace(wanted.storage, without_password(wanted.storage))
-    write_results(wanted.output, rows, _record(wanted, outcomes, command, seconds))
+    write_results(wanted.output, rows, _record(wanted, outcomes, store.runs()))
     return rows
 
 
@@ -176,22 +183,35 @@ def finished_rows(folder: Path) -> list[Row]:
     return _rows(_own_store(folder).outcomes())
 
 
-def _record(wanted: ComparisonJob, outcomes: list[Outcome], command: str, seconds: float) -> dict[str, Any]:
-    done = [outcome for outcome in outcomes if outcome.metrics is not None]
+def _record(wanted: ComparisonJob, outcomes: list[Outcome], runs: list[dict[str, Any]]) -> dict[str, Any]:
+    hosts = {o.cell: o.metrics["host"] for o in outcomes if o.metrics is not None and "host" in o.metrics}
+    shared = {method: _shared([hosts[cell] for cell in hosts if cell.method == method]) for method in _methods(hosts)}
     return {
-        "command": command,
+        "runs": runs,
         "settings": wanted.settings(),
-        "processes": wanted.processes,
-        "seconds": round(seconds, 1),
         "not_done": {
             o.cell.name: f"{o.status}: {o.reason}" for o in outcomes if o.metrics is None and o.reason != NOT_ASKED
         },
         "ours_alone": wanted.ours_alone(),
-        "hosts": {o.cell.method: o.metrics["host"] for o in done if o.metrics and "host" in o.metrics},
+        "hosts": shared,
+        "host_cells": {
+            cell.name: {name: value for name, value in asked.items() if name not in shared[cell.method]}
+            for cell, asked in hosts.items()
+        },
         "latency_batch_size": wanted.template.latency_batch_sizes[0],
         "machine": describe_machine(),
         "versions": {name: _version(name) for name in ("nni-plugin", "torch-pruning", "nni", "timm")},
     }
+
+
+def _methods(cells: Iterable[Cell]) -> list[str]:
+    return list(dict.fromkeys(cell.method for cell in cells))
+
+
+def _shared(settings: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return what all of several settings have in common."""
+    first, *others = settings
+    return {k: v for k, v in first.items() if all(k in other and other[k] == v for other in others)}
 
 
 def _version(package: str) -> str:

@@ -104,6 +104,18 @@ class Store:
                 if before is None or before.status in ("failed", "running") or before.reason == NOT_ASKED:
                     self._study.enqueue_trial({}, user_attrs={"cell": to_json(cell)})
 
+    def note_run(self, run: Mapping[str, Any]) -> None:
+        """Add a call to those that have worked on this comparison.
+
+        Args:
+            run: JSON values that tell of it.
+        """
+        self._study.set_user_attr("runs", [*self.runs(), dict(run)])
+
+    def runs(self) -> list[dict[str, Any]]:
+        """Return what was noted of the calls so far, the first one first."""
+        return list(self._study.user_attrs.get("runs", ()))
+
     def outcomes(self) -> list[Outcome]:
         """Return the latest of every cell, in the order in which they were first added."""
         found: dict[Cell, Outcome] = {}

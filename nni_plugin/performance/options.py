@@ -136,5 +136,5 @@ class SearchOptions:
                 f"In {self.steps} steps the performance network never has a say: it begins to learn at "
                 f"{self.predictor_start} entries of {self.average} steps and is followed after {self.predictor_warmup} "
                 f"more, so give more than {first} steps, lower predictor_start or predictor_warmup, or take "
-                "mode='gates-only'."
+                "mode='gates-only' (--method differentiable-gates)."
             )

@@ -66,6 +66,7 @@ CASES: dict[str, tuple[list[str], list[str]]] = {
         ["--schedule", "iterative", "--epochs", "1", "--loss-threshold", "0.1", *HALF],
         ["--loss-threshold", "continuous"],
     ),
+    "parts of a network that has none": (["--parts", "heads", *HALF], ["--parts", "transformer"]),
     "unknown schedule": (["--schedule", "gradual", *HALF], ["--schedule", "one-shot"]),
     "layer to ignore is not there": (["--ignore", "nolayer", *HALF], ["'nolayer'", "not in the model"]),
     "unknown device": (["--device", "banana", *HALF], ["--device", "banana"]),
@@ -88,6 +89,7 @@ CASES: dict[str, tuple[list[str], list[str]]] = {
     "images too small for the model": (["--library", "torchvision", "--model", "alexnet", *HALF], ["alexnet", "8"]),
     "unknown flag": (["--foo", "1", *HALF], ["--foo", "--help"]),
     "damaged YAML": (["--config", "@/damaged.yaml", *HALF], ["config", "line 1"]),
+    "YAML in another encoding": (["--config", "@/latin1.yaml", *HALF], ["--config", "UTF-8"]),
     "unknown key in YAML": (["--config", "@/unknown.yaml", *HALF], ["'modell'"]),
     "wrong type in YAML": (["--config", "@/float.yaml", *HALF], ["--batch-size", "integer", "2.5"]),
     "missing YAML": (["--config", "@/no.yaml", *HALF], ["--config", "@/no.yaml"]),
@@ -113,6 +115,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("bad.pt", "bad.safetensors"):
         (folder / name).write_bytes(np.random.default_rng(0).bytes(1000))
     (folder / "damaged.yaml").write_text("model: [unclosed\n  x: }")
+    (folder / "latin1.yaml").write_bytes("dataset: façade\n".encode("latin-1"))
     (folder / "unknown.yaml").write_text("modell: resnet20\n")
     (folder / "float.yaml").write_text("batch_size: 2.5\n")
     return folder

@@ -32,6 +32,15 @@ def _metrics(folder):
     return json.loads((folder / "metrics.json").read_text())
 
 
+def test_exports_of_the_network_that_was_there_before_are_named(command, small, tmp_path):
+    for name in ("model.onnx", "resnet20.txt", "resnet18.txt"):
+        (tmp_path / name).write_text("of an earlier network")
+    said = command(*small, "--macs", "0.5", "--output", tmp_path)
+    assert said.code == 0, said.err
+    assert f"model.onnx and resnet20.txt in {tmp_path} are of the network that was there before" in said.out
+    assert (tmp_path / "model.onnx").read_text() == "of an earlier network"
+
+
 @pytest.mark.parametrize(
     ("schedule", "extra"),
     [

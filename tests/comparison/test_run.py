@@ -110,14 +110,24 @@ def test_interrupted_and_resumed_gives_what_an_uninterrupted_one_gives(
 
 
 def test_a_finished_comparison_takes_more_methods_without_doing_anything_twice(comparison: Make) -> None:
-    first = run_comparison(comparison(methods=("magnitude",), seeds=(0,)), say=silent)
+    first = run_comparison(comparison(methods=("magnitude",), seeds=(0,)), command="first call", say=silent)
     said: list[str] = []
-    more = comparison(methods=("magnitude", "tp:random"), seeds=(0,))
-    rows = run_comparison(more, resume=True, say=said.append)
+    more = comparison(methods=("magnitude", "tp:random"), budgets=(MACs(0.5), MACs(0.7)), seeds=(0,))
+    rows = run_comparison(more, resume=True, command="second call", say=said.append)
     assert outcome(first) < outcome(rows)
-    assert len(rows) == 2
-    assert [text for text in said if text.endswith("...")] == ["tp_random-macs=0.5-seed0 ..."]
+    assert len(rows) == 4
+    begun = {text for text in said if text.endswith("...")}
+    assert begun == {f"{cell.name} ..." for cell in more.cells()} - {"magnitude-macs=0.5-seed0 ..."}
     assert outcome(finished_rows(more.output)) == outcome(rows)
+    record = json.loads((more.output / "comparison.json").read_text())
+    assert [run["command"] for run in record["runs"]] == ["first call", "second call"]
+    assert all(run["seconds"] > 0 for run in record["runs"])
+    # What a host was asked is told by cell where the cells differ.
+    ratios = [record["host_cells"][f"tp_random-macs={target}-seed0"]["ratio"] for target in (0.5, 0.7)]
+    assert ratios[0] != ratios[1]
+    assert record["hosts"]["tp:random"]["importance"] == "RandomImportance"
+    assert "ratio" not in record["hosts"]["tp:random"]
+    assert "first call\nsecond call" in (more.output / "report.html").read_text()
 
 
 def test_other_settings_are_refused(comparison: Make) -> None:

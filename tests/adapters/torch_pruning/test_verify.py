@@ -1,5 +1,6 @@
 """Verify: a right plan is proved, a wrong coupling is told, and neither changes the network."""
 
+import warnings
 from dataclasses import replace
 
 import pytest
@@ -8,9 +9,11 @@ from networks_at_random import Recipe, any_plan, assert_same, conv_bn, randomise
 from torch import nn
 
 from nni_plugin import GroupPlan, PruningPlan, verify
-from nni_plugin.adapters.torch_pruning import Parity, find_groups, sound_groups
+from nni_plugin.adapters.torch_pruning import Parity, apply_plan, find_groups, sound_groups
+from nni_plugin.cost import count
 from nni_plugin.errors import PlanError, SurgeryError
 from nni_plugin.groups import ChannelGroup
+from nni_plugin.networks import resnet20, resnet56
 
 X = torch.randn(2, 3, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 
@@ -160,3 +163,15 @@ def test_groups_built_alike_fail_together_or_are_tried_again(at_fault: list[str]
         groups = sound_groups(model, wrong, X)
     assert ["(and 2 built like it)" in str(one.message) for one in said] == [len(at_fault) == 3]
     assert [group.name for group in groups if group.fixed] == [*at_fault, "fc"]
+
+
+def test_a_plan_of_a_network_of_another_size_is_not_applied_in_silence() -> None:
+    shallow, deep = resnet20(), resnet56()
+    images = torch.zeros(1, 3, 32, 32)
+    plan = PruningPlan((GroupPlan("layer1.0.conv1", 16, tuple(range(8))),), cost_before=count(shallow, images))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert verify(shallow, plan, images).ok
+    for act in (verify, apply_plan):
+        with pytest.warns(UserWarning, match=r"network of 27\d,\d+ parameters, this one has 85\d,\d+"):
+            act(deep, plan, images)
