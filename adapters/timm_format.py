@@ -67,8 +67,8 @@ class TimmFiles:
     def __str__(self) -> str:
         """Return a sentence for a terminal, and the lines."""
         return (
-            f"{self.text.name} and {self.weights.name} give PyTorch's outputs bit by bit (contiguous format); to load them "
-            f"({self.how_to.name}):\n{self.lines}"
+            f"{self.text.name} and {self.weights.name} give PyTorch's outputs bit by bit, in contiguous memory format; "
+            f"to load them ({self.how_to.name}):\n{self.lines}"
         )
 
 

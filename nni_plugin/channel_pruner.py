@@ -189,7 +189,9 @@ class ChannelPruner:
             CriterionError: The loss is not finite, or a layer lacks the gradients to score it.
         """
         if not math.isfinite(loss):
-            raise CriterionError(f"The loss of a minibatch is {loss}; look at the data and the weights, or lower the learning rate.")
+            raise CriterionError(
+                f"The loss of a minibatch is {loss}; look at the data and the weights, or lower the learning rate."
+            )
         with self._timed("score"):
             if not self.done:
                 self._loss_sum += loss
