@@ -6,6 +6,7 @@ to score on, the same short fine-tuning, MACs at three targets, every built-in m
 
 from __future__ import annotations
 
+import json
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,7 +25,9 @@ from nni_plugin.comparison.job import DENSE as DENSE_FOLDER
 from nni_plugin.comparison.job import ComparisonJob
 from nni_plugin.comparison.results import Row
 from nni_plugin.comparison.run import finished_rows, run_comparison
+from nni_plugin.errors import OutputError
 from nni_plugin.job import Job
+from nni_plugin.workspace import other_settings
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -47,6 +50,7 @@ def run(
     data_dir: Path | None = None,
     device: str | None = None,
     gather: bool = False,
+    onto: Path | None = None,
 ) -> dict[str, Any]:
     """Fill the grid, going on where it was; returns settings and every row.
 
@@ -65,7 +69,10 @@ def run(
         data_dir: Folder of the data.
         device: Where to run.
         gather: Run nothing: sum up all cells of these networks that the folder holds.
+        onto: An earlier result whose rows stay, with its other networks: for a folder that holds but some of its cells.
+            Refused where the settings differ, or a seed's dense network has another top-1 there.
     """
+    earlier = json.loads(onto.read_text(encoding="utf-8")) if onto else None
     rows: dict[str, list[Row]] = {}
     settings: dict[str, Any] = {}
     for network in networks:
@@ -79,10 +86,38 @@ def run(
             if not (wanted.output / DENSE_FOLDER / f"seed{seed}" / "config.json").is_file():
                 _take_dense(study, wanted, seed)
         rows[network] = run_comparison(wanted, resume=True)
+    if earlier is not None:
+        rows, settings = _joined(earlier, rows, settings)
     return {
         "settings": {"images": images, "epochs": epochs, "lr": lr, "score_steps": score_steps, "networks": settings},
         "rows": {network: [asdict(row) for row in of] for network, of in rows.items()},
     }
+
+
+def _joined(
+    earlier: dict[str, Any], rows: dict[str, list[Row]], settings: dict[str, Any]
+) -> tuple[dict[str, list[Row]], dict[str, Any]]:
+    """Return the rows and settings of an earlier result with new ones in their places.
+
+    Raises:
+        OutputError: They do not belong together.
+    """
+    joined = {network: [Row(**row) for row in of] for network, of in earlier["rows"].items()}
+    for network, found in rows.items():
+        others = other_settings(earlier["settings"]["networks"].get(network, settings[network]), settings[network])
+        others = [other for other in others if other.name != "data_dir"]
+        if others:
+            raise OutputError(f"The earlier result's {network} had other settings: {others[0].said}.")
+        dense = {row.seed: row.top1_baseline for row in joined.get(network, [])}
+        for row in found:
+            if dense.setdefault(row.seed, row.top1_baseline) != row.top1_baseline:
+                raise OutputError(
+                    f"The dense {network} of seed {row.seed} has a top-1 of {row.top1_baseline} %, in the earlier "
+                    f"result {dense[row.seed]} %: they are two networks."
+                )
+        cells = {(row.method, row.target, row.seed): row for row in [*joined.get(network, []), *found]}
+        joined[network] = list(cells.values())
+    return joined, {**earlier["settings"]["networks"], **settings}
 
 
 def _wanted(

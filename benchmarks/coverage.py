@@ -74,6 +74,11 @@ def render(result: Mapping[str, Any]) -> str:
         "- refused: nothing is cut, and the reason names the module. failed: anything else.",
         "- Parity: largest difference of the outputs, masked and compact, over the largest output. CPU s: all of it, "
         "building and saving too.",
+        *(
+            f"- {_words(name)}: as the list of models says, from an earlier run on another machine whose time limit "
+            "counts too; not run by this command."
+            for name in notes
+        ),
         "",
         *_table(
             ["library", "models", *STATUSES, "share ok", *(f"ok: {_words(name)}" for name in notes)],

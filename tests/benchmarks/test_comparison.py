@@ -10,6 +10,7 @@ import pytest
 from nni_plugin.benchmarks import comparison
 from nni_plugin.comparison.analysis import points
 from nni_plugin.comparison.results import Row
+from nni_plugin.errors import OutputError
 
 RESULT = Path(__file__).parents[2] / "benchmarks" / "results" / "comparison.json"
 
@@ -26,6 +27,25 @@ def test_every_point_is_on_the_page_with_its_numbers(result: dict[str, Any]) -> 
         section = page.partition(f"## {network}\n")[2].partition("\n## ")[0]
         for point in points([Row(**row) for row in rows]):
             assert f"| {point.target} | `{point.method}` | {point.top1} | {point.top1_before_finetune} |" in section
+
+
+def test_cells_are_added_to_an_earlier_result_of_the_same_dense_networks_alone(
+    result: dict[str, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    kept = [row for row in result["rows"]["resnet56"] if (row["method"], row["seed"]) != ("tp:taylor", 1)]
+    (tmp_path / "earlier.json").write_text(json.dumps({**result, "rows": {**result["rows"], "resnet56": kept}}))
+    new = [Row(**row) for row in result["rows"]["resnet56"] if row["method"] == "tp:taylor"]
+    monkeypatch.setattr(comparison, "finished_rows", lambda folder: new)
+    given = {"networks": ("resnet56",), "gather": True, "onto": tmp_path / "earlier.json", "folder": tmp_path}
+    joined = comparison.run(**given)
+    for network, rows in result["rows"].items():
+        assert sorted(joined["rows"][network], key=str) == sorted(rows, key=str)
+    assert set(joined["settings"]["networks"]) == set(result["settings"]["networks"])
+    with pytest.raises(OutputError, match="--lr"):
+        comparison.run(**given, lr=0.5)
+    new[0] = dataclasses.replace(new[0], top1_baseline=50.0)
+    with pytest.raises(OutputError, match="two networks"):
+        comparison.run(**given)
 
 
 def test_what_is_not_ahead_is_said(result: dict[str, Any]) -> None:
