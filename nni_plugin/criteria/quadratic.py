@@ -30,7 +30,10 @@ POOL = 4
 """Candidates looked at for each gate that goes in a chunk."""
 
 MOST = 200
-"""Gates in a chunk: within one the work grows with the third power."""
+"""Gates in a chunk: all others feel them only once it is full."""
+
+PART = 1024
+"""Gates that are brought up to date at a time: what that needs stays in the cache."""
 
 
 def damped(gradients: Tensor, damping: float) -> float:
@@ -144,20 +147,22 @@ def loss_change(gradients: Tensor, z: Tensor, *, linear: bool = False) -> float:
 
 
 def _greedy(block: Tensor, value: Tensor, cost: Tensor, count: int) -> Tensor:
-    """Choose `count` gates of a pool one by one, each removal felt by the others of the pool."""
-    block, value = block.clone(), value.clone()
-    chosen = []
-    gone = torch.zeros(len(value), dtype=torch.bool)
-    for _ in range(count):
-        loss = 0.5 * value.square() / block.diagonal() / cost
-        loss[gone] = torch.inf
+    """Choose `count` gates of a pool one by one, each removal felt by the others of the pool.
+
+    A Cholesky factorisation that pivots on what costs least: of the block without the gates chosen so far, the diagonal
+    alone is kept, and a column is worked out when its gate goes.
+    """
+    diagonal, value = block.diagonal().clone(), value.clone()
+    columns = block.new_empty(count, len(value))
+    chosen: list[int] = []
+    for k in range(count):
+        loss = 0.5 * value.square() / diagonal / cost
+        loss[chosen] = torch.inf
         m = int(loss.argmin())
         chosen.append(m)
-        gone[m] = True
-        column = block[:, m] / block[m, m]
-        value = value - column * value[m]
-        block = block - torch.outer(column, block[m])
-        block.diagonal()[gone] = 1.0
+        columns[k] = (block[m] - columns[:k, m] @ columns[:k]) / diagonal[m].sqrt()
+        value -= columns[k] * (value[m] / diagonal[m].sqrt())
+        diagonal -= columns[k].square()
     return torch.tensor(chosen)
 
 
@@ -217,11 +222,7 @@ class _LowRank(_Inverse):
         solved = torch.cholesky_solve(gradients.double(), torch.linalg.cholesky(system))
         # Rank-one corrections of both by chunks: see `remove`.
         self.solved = solved.T.float().contiguous()
-        self._dots = self._diagonal()
-
-    def _diagonal(self) -> Tensor:
-        dots: Tensor = torch.linalg.vecdot(self.rows, self.solved).double()
-        return dots
+        self._dots: Tensor = torch.linalg.vecdot(self.rows, self.solved).double()
 
     def diagonal(self) -> Tensor:
         return ((1 - self._dots) / self.ridge).clamp_min(1e-12 / self.ridge)
@@ -238,10 +239,15 @@ class _LowRank(_Inverse):
 
     def remove(self, gone: Tensor, stays: Tensor) -> None:
         core = torch.linalg.inv(self.block(gone) * self.ridge).float()
-        rows, solved = self.rows[gone], self.solved[gone]
-        self.rows, self.solved = self.rows[stays], self.solved[stays]
-        self.solved.addmm_(self.solved @ rows.T, core @ solved)
-        self._dots = self._diagonal()
+        rows, pushed = self.rows[gone], core @ self.solved[gone]
+        # Part by part, in place: what stays moves to the front, and nothing large is allocated.
+        for done, part in enumerate(stays.nonzero().flatten().split(PART)):
+            to = slice(done * PART, done * PART + len(part))
+            self.rows[to] = self.rows[part]
+            self.solved[to] = torch.addmm(solved := self.solved[part], solved @ rows.T, pushed)
+            self._dots[to] = torch.linalg.vecdot(self.rows[to], self.solved[to])
+        left = int(stays.sum())
+        self.rows, self.solved, self._dots = self.rows[:left], self.solved[:left], self._dots[:left]
 
 
 def _inverse(gradients: Tensor, ridge: float) -> _Inverse:
