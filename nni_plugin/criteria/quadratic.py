@@ -153,6 +153,7 @@ def _greedy(block: Tensor, value: Tensor, cost: Tensor, count: int) -> Tensor:
     alone is kept, and a column is worked out when its gate goes.
     """
     diagonal, value = block.diagonal().clone(), value.clone()
+    least = 1e-12 * float(diagonal.max())  # rounding must not lead below zero
     columns = block.new_empty(count, len(value))
     chosen: list[int] = []
     for k in range(count):
@@ -162,7 +163,7 @@ def _greedy(block: Tensor, value: Tensor, cost: Tensor, count: int) -> Tensor:
         chosen.append(m)
         columns[k] = (block[m] - columns[:k, m] @ columns[:k]) / diagonal[m].sqrt()
         value -= columns[k] * (value[m] / diagonal[m].sqrt())
-        diagonal -= columns[k].square()
+        diagonal = (diagonal - columns[k].square()).clamp_min(least)
     return torch.tensor(chosen)
 
 

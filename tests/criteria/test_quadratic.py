@@ -90,6 +90,26 @@ def test_chunks_come_close_to_single_steps(low_rank: bool, monkeypatch: pytest.M
         assert many <= 1.02 * one
 
 
+def test_one_chunk_of_all_gates_is_the_order_of_single_steps() -> None:
+    rows = gradients(80, 60, seed=4)
+    costs = torch.rand(60, generator=torch.Generator().manual_seed(0)) + 0.5
+    expected = quadratic.removal_order(rows, costs=costs, chunk=1)
+    assert torch.equal(quadratic.removal_order(rows, costs=costs, chunk=60), expected)
+
+
+def test_gates_that_say_the_same_are_put_in_order_without_damping_to_speak_of() -> None:
+    rows = gradients(20, 15, seed=5).repeat(1, 4)
+    assert sorted(quadratic.removal_order(rows, 1e-14, chunk=60).tolist()) == list(range(60))
+
+
+def test_updates_part_by_part_are_those_of_all_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = gradients(50, 64, seed=6)
+    monkeypatch.setattr(quadratic, "DENSE", 0)
+    expected = quadratic.removal_order(rows, chunk=3)
+    monkeypatch.setattr(quadratic, "PART", 7)
+    assert torch.equal(quadratic.removal_order(rows, chunk=3), expected)
+
+
 @settings(max_examples=25, deadline=None)
 @given(st.integers(3, 40), st.integers(2, 30), st.integers(0, 9), st.sampled_from([0.01, 0.1, 1.0]))
 def test_compensation_is_the_minimum(samples: int, gates: int, seed: int, damping: float) -> None:
