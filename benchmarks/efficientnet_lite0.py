@@ -153,8 +153,6 @@ def render(result: Mapping[str, Any]) -> str:
         "Where ours are behind, or not known to be ahead:",
         "",
         *(f"- {said}" for said in losses(rows) or ["nowhere in this table."]),
-        # To be taken out once it is run again.
-        "- The row of OBS was run before filters were given back their lengths after reconstruction.",
     ]
     if result["not_done"]:
         text += ["", "Not done:", "", *(f"- `{cell}`: {reason}" for cell, reason in result["not_done"].items())]
