@@ -89,6 +89,7 @@ def run(
     if earlier is not None:
         rows, settings = _joined(earlier, rows, settings)
     return {
+        "earlier": [*earlier["earlier"], {name: earlier[name] for name in ("command", "machine")}] if earlier else [],
         "settings": {"images": images, "epochs": epochs, "lr": lr, "score_steps": score_steps, "networks": settings},
         "rows": {network: [asdict(row) for row in of] for network, of in rows.items()},
     }
@@ -183,10 +184,11 @@ def render(result: dict[str, Any]) -> str:
         "",
         "How OBS goes on after its cut (one step; after reconstruction normalisations anchored, and filters given back "
         "their lengths) was settled on these networks and test images after first runs of this table, so its rows are "
-        "favoured by that; no setting of a built-in pruner was tuned here. They were run before the samples on which "
-        "OBS chooses its damping stopped depending on the order of the data. A method that is not listed at a target "
+        "favoured by that; no setting of a built-in pruner was tuned here. Rows of OBS were run before the samples on "
+        "which it chooses its damping stopped depending on the order of the data. A method that is not listed at a target "
         "was not run there.",
         "",
+        *_earlier_calls(result),
         summary(result),
     ]
     for network, rows in _rows(result).items():
@@ -209,6 +211,12 @@ def render(result: dict[str, Any]) -> str:
         lost = losses(rows)
         text += ["", *(f"- {line}" for line in lost)] if lost else []
     return "\n".join(text) + "\n"
+
+
+def _earlier_calls(result: dict[str, Any]) -> list[str]:
+    """Return a line on the results that this one has been put onto; none where there are none."""
+    calls = [f"`{call['command']}`" for call in result["earlier"]]
+    return [f"Put onto what earlier calls gave: {'; '.join(calls)}.", ""] if calls else []
 
 
 def summary(result: dict[str, Any]) -> str:

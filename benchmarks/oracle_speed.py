@@ -57,7 +57,7 @@ def render(result: dict[str, Any]) -> str:
         f"The exact loss change without each channel: all of them by our engine, beside a plain loop that masks one "
         f"channel and runs the whole network. {result['threads']} thread, {result['rounds']} rounds in turns, medians; "
         "the loop is timed on a sample of each group's channels and scaled up. Both evaluate without autograd, in eval "
-        "mode; the largest difference of a loss change is absolute, at losses of about 2.3.",
+        "mode; the largest difference of a loss change is absolute.",
         "",
         "| network, minibatch | channels | plain loop, s | engine, s | times faster | largest difference |",
         "|---|--:|--:|--:|--:|--:|",

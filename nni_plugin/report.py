@@ -23,9 +23,11 @@ _HISTORY_COLUMNS = {
 _MACS_FELL = 0.9
 """Share of the MACs left, or less, at which latency is expected to follow: above it, a measurement says little."""
 
-_UNCERTAIN = 0.1
 _LATENCY_FOLLOWED = 0.25
 """Part of what MACs have lost that latency must have lost."""
+
+_UNCERTAIN = 0.1
+"""Interquartile range of a ratio of latencies above which it says too little to tell a cause."""
 
 IN_TURNS = (
     "The change of latency and throughput is of both networks timed in turns, and need not be the quotient of the two "

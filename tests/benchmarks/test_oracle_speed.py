@@ -12,10 +12,10 @@ def network() -> nn.Module:
 
 
 def test_both_measure_the_same_loss_changes() -> None:
-    case = oracle_speed.measure(network, (8, 1, 9, 9), rounds=2, sampled=3)
+    case = oracle_speed.measure(network, (8, 1, 9, 9), rounds=1, sampled=3)
     assert case["channels"] == 10
     assert case["largest_difference_of_a_loss_change"] < 1e-6
-    assert case["times_faster"] == pytest.approx(case["plain_loop_seconds"] / case["engine_seconds"], rel=0.9)
+    assert case["times_faster"] == pytest.approx(case["plain_loop_seconds"] / case["engine_seconds"])
 
 
 def test_the_page_shows_what_was_measured() -> None:
