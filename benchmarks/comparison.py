@@ -185,8 +185,8 @@ def render(result: dict[str, Any]) -> str:
         "How OBS goes on after its cut (one step; after reconstruction normalisations anchored, and filters given back "
         "their lengths) was settled on these networks and test images after first runs of this table, so its rows are "
         "favoured by that; no setting of a built-in pruner was tuned here. Rows of OBS were run before the samples on "
-        "which it chooses its damping stopped depending on the order of the data. A method that is not listed at a target "
-        "was not run there.",
+        "which it chooses its damping stopped depending on the order of the data. A method that is not listed at a "
+        "target was not run there.",
         "",
         *_earlier_calls(result),
         summary(result),
