@@ -6,7 +6,6 @@ to score on, the same short fine-tuning, MACs at three targets, every built-in m
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +14,7 @@ import torch
 
 from nni_plugin.adapters.data import create_loaders
 from nni_plugin.adapters.training import evaluate
+from nni_plugin.benchmarks import earlier
 from nni_plugin.benchmarks.experiment import Experiment
 from nni_plugin.benchmarks.figures import save
 from nni_plugin.benchmarks.presets import DENSE
@@ -72,7 +72,7 @@ def run(
         onto: An earlier result whose rows stay, with its other networks: for a folder that holds but some of its cells.
             Refused where the settings differ, or a seed's dense network has another top-1 there.
     """
-    earlier = json.loads(onto.read_text(encoding="utf-8")) if onto else None
+    before = earlier.read(onto)
     rows: dict[str, list[Row]] = {}
     settings: dict[str, Any] = {}
     for network in networks:
@@ -86,26 +86,26 @@ def run(
             if not (wanted.output / DENSE_FOLDER / f"seed{seed}" / "config.json").is_file():
                 _take_dense(study, wanted, seed)
         rows[network] = run_comparison(wanted, resume=True)
-    if earlier is not None:
-        rows, settings = _joined(earlier, rows, settings)
+    if before is not None:
+        rows, settings = _joined(before, rows, settings)
     return {
-        "earlier": [*earlier["earlier"], {name: earlier[name] for name in ("command", "machine")}] if earlier else [],
+        "earlier": earlier.calls(before),
         "settings": {"images": images, "epochs": epochs, "lr": lr, "score_steps": score_steps, "networks": settings},
         "rows": {network: [asdict(row) for row in of] for network, of in rows.items()},
     }
 
 
 def _joined(
-    earlier: dict[str, Any], rows: dict[str, list[Row]], settings: dict[str, Any]
+    before: dict[str, Any], rows: dict[str, list[Row]], settings: dict[str, Any]
 ) -> tuple[dict[str, list[Row]], dict[str, Any]]:
     """Return the rows and settings of an earlier result with new ones in their places.
 
     Raises:
         OutputError: They do not belong together.
     """
-    joined = {network: [Row(**row) for row in of] for network, of in earlier["rows"].items()}
+    joined = {network: [Row(**row) for row in of] for network, of in before["rows"].items()}
     for network, found in rows.items():
-        others = other_settings(earlier["settings"]["networks"].get(network, settings[network]), settings[network])
+        others = other_settings(before["settings"]["networks"].get(network, settings[network]), settings[network])
         others = [other for other in others if other.name != "data_dir"]
         if others:
             raise OutputError(f"The earlier result's {network} had other settings: {others[0].said}.")
@@ -118,7 +118,7 @@ def _joined(
                 )
         cells = {(row.method, row.target, row.seed): row for row in [*joined.get(network, []), *found]}
         joined[network] = list(cells.values())
-    return joined, {**earlier["settings"]["networks"], **settings}
+    return joined, {**before["settings"]["networks"], **settings}
 
 
 def _wanted(
@@ -187,8 +187,8 @@ def render(result: dict[str, Any]) -> str:
         "favoured by that; no setting of a built-in pruner was tuned here. Rows of OBS were run before the samples on "
         "which it chooses its damping stopped depending on the order of the data. A method that is not listed at a "
         "target was not run there.",
+        *earlier.lines(result),
         "",
-        *_earlier_calls(result),
         summary(result),
     ]
     for network, rows in _rows(result).items():
@@ -211,12 +211,6 @@ def render(result: dict[str, Any]) -> str:
         lost = losses(rows)
         text += ["", *(f"- {line}" for line in lost)] if lost else []
     return "\n".join(text) + "\n"
-
-
-def _earlier_calls(result: dict[str, Any]) -> list[str]:
-    """Return a line on the results that this one has been put onto; none where there are none."""
-    calls = [f"`{call['command']}`" for call in result["earlier"]]
-    return [f"Put onto what earlier calls gave: {'; '.join(calls)}.", ""] if calls else []
 
 
 def summary(result: dict[str, Any]) -> str:

@@ -11,81 +11,31 @@ from __future__ import annotations
 import copy
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nni_plugin.adapters.training import evaluate
+from nni_plugin.benchmarks import earlier
 from nni_plugin.benchmarks.experiment import Experiment
-from nni_plugin.benchmarks.grid import mean_and_sd, summary
+from nni_plugin.benchmarks.grid import summary
+from nni_plugin.benchmarks.joint_removal.methods import LOSSES, METHODS, REGIMES, VARIANTS, rank
+from nni_plugin.benchmarks.joint_removal.page import render
 from nni_plugin.benchmarks.presets import DENSE
 from nni_plugin.budgets import Budget, Channels, MACs
 from nni_plugin.compensation import reestimate_batchnorm
 from nni_plugin.cost import count
-from nni_plugin.criteria import OBS, Criterion, TaylorFisher
 from nni_plugin.criteria.ablation import cross_entropy
+from nni_plugin.errors import OutputError
 from nni_plugin.methods import create_criterion
 from nni_plugin.planner import plan_channels, unchanged
 from nni_plugin.reconstruction import reconstruct
 from nni_plugin.schedules import Gradual, OneShot
 
-REGIMES = ("one-shot", "reconstructed", "gradual", "gradual-reconstructed")
-METHODS = (
-    "obs",
-    "taylor-fisher",
-    "taylor-fg",
-    "taylor-fo",
-    "magnitude",
-    "bn-scale",
-    "geometric-median",
-    "random",
-    "tp:taylor",
-    "tp:taylor-tuned",
-    "tp:magnitude",
-    "tp:lamp",
-    "tp:fpgm",
-    "tp:bn-scale",
-)
-
-
-class MinibatchOBS(OBS):
-    """Optimal Brain Surgeon on the gradients of minibatches of 100 instead of samples: a hundredth of the rows."""
-
-    def _gather(self, model: nn.Module) -> None:
-        super()._gather(model)
-        self._gradients[-1] = self._gradients[-1].mean(0, keepdim=True)
-
-
-def own_labels(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
-    """Return the cross-entropy with labels drawn from what the network predicts.
-
-    Its gradients give the true Fisher matrix, the Gauss-Newton matrix of this loss, instead of the empirical one.
-    """
-    logits = model(batch[0])
-    generator = torch.Generator().manual_seed(int(batch[1].sum()))
-    drawn = torch.multinomial(logits.detach().softmax(1), 1, generator=generator).flatten()
-    return F.cross_entropy(logits, drawn)
-
-
-VARIANTS: dict[str, Callable[[], Criterion]] = {
-    "obs:no-compensation": lambda: OBS(compensate=False),
-    "obs:linear": lambda: OBS(linear=True),
-    "obs:cost-aware": lambda: OBS(cost_aware=True),
-    "obs:damping-.01": lambda: OBS(damping=0.01),
-    "obs:damping-.1": lambda: OBS(damping=0.1),
-    "obs:damping-1": lambda: OBS(damping=1.0),
-    "obs:minibatch": MinibatchOBS,
-    "obs:true-fisher": OBS,
-    "taylor-fisher:signed": lambda: TaylorFisher(signed=True),
-}
-"""Further forms by name, for the study of what matters."""
-
-LOSSES = {"obs:true-fisher": own_labels}
-"""What they score with, if not cross-entropy with the true labels."""
+__all__ = ["render", "run"]
 
 
 def run(
@@ -100,21 +50,26 @@ def run(
     folder: Path = Path("out/joint_removal"),
     data_dir: Path | None = None,
     gather: bool = False,
+    onto: Path | None = None,
 ) -> dict[str, Any]:
     """Fill the grid, going on where it was; returns settings, and mean and sd over seeds of the test top-1.
 
     Args:
         networks: Of `nni_plugin.networks`.
-        methods: Method names, or names in `VARIANTS`.
+        methods: Method names, or names in `methods.VARIANTS`.
         seeds: Of the dense networks' training and of the images.
         macs: Fractions of MACs kept.
         channels: Fractions of channels kept.
-        regimes: Of `REGIMES`.
+        regimes: Of `methods.REGIMES`.
         images: Training images that the methods see.
         test_images: Test images that top-1 is taken on.
         folder: For the dense networks and one file a run.
         data_dir: Folder of the data.
         gather: Run nothing: sum up all runs of these networks, images and test images that the folder holds.
+        onto: An earlier result whose cells stay where there are none here: for a folder that holds but some of them.
+
+    Raises:
+        OutputError: The earlier result has other settings, or more seeds of a cell than there are here.
     """
     budgets: list[Budget] = [*(MACs(ratio) for ratio in macs), *(Channels(float(ratio)) for ratio in channels)]
     asked = {"images": images, "test_images": test_images}
@@ -133,10 +88,38 @@ def run(
                         name = f"{regime}/seed{seed}/{method.replace(':', '_')}-{_label(budget)}"
                         record = study.grid.run(name, cell.work(method, regime, budget), asked)
                         records.append({"network": network, "seed": seed, **record})
-    return {
-        "settings": {**asked, "dense": {network: DENSE[network].training() for network in networks}},
-        "cells": _cells(records),
-    }
+    settings = {**asked, "dense": {network: DENSE[network].training() for network in networks}}
+    before, cells = earlier.read(onto), _cells(records)
+    if before is not None:
+        settings, cells = _joined(before, settings, cells)
+    return {"earlier": earlier.calls(before), "settings": settings, "cells": cells}
+
+
+def _joined(
+    before: dict[str, Any], settings: dict[str, Any], cells: list[dict[str, Any]]
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Return settings and cells of an earlier result with new ones in their places."""
+    dense = {**before["settings"]["dense"], **settings["dense"]}
+    if dense != {**settings["dense"], **before["settings"]["dense"]}:
+        raise OutputError("The dense networks of the earlier result were trained otherwise.")
+    if {**before["settings"], "dense": dense} != {**settings, "dense": dense}:
+        raise OutputError("The earlier result is of other numbers of images.")
+    joined = {_key(cell): cell for cell in before["cells"]}
+    for cell in cells:
+        missing = {*joined.get(_key(cell), cell)["seeds"]} - {*cell["seeds"]}
+        if missing:
+            raise OutputError(
+                f"The earlier result has {' '.join(_key(cell))} with seed {min(missing)} too: run it with that seed."
+            )
+        joined[_key(cell)] = cell
+    networks = list(dense)
+    order = sorted(joined.values(), key=lambda cell: (networks.index(cell["network"]), rank(cell["method"])))
+    return {**settings, "dense": dense}, order
+
+
+def _key(of: dict[str, Any]) -> tuple[str, str, str, str]:
+    """Return what names the cell of a record or cell."""
+    return of["network"], of["regime"], of["method"], of["target"]
 
 
 def _held(folder: Path, asked: dict[str, int]) -> list[dict[str, Any]]:
@@ -146,8 +129,7 @@ def _held(folder: Path, asked: dict[str, int]) -> list[dict[str, Any]]:
         content = json.loads(path.read_text(encoding="utf-8"))
         if all(content["settings"][name] == value for name, value in asked.items()):
             records.append({"seed": int(path.parent.name.removeprefix("seed")), **content["result"]})
-    order = [*METHODS, *VARIANTS]
-    return sorted(records, key=lambda r: order.index(r["method"]) if r["method"] in order else len(order))
+    return sorted(records, key=lambda record: rank(record["method"]))
 
 
 class _Cell:
@@ -231,8 +213,7 @@ def _cells(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Return mean and sd over seeds for each network, regime, method and target."""
     groups: dict[tuple[str, str, str, str], list[dict[str, Any]]] = {}
     for record in records:
-        key = (record["network"], record["regime"], record["method"], record["target"])
-        groups.setdefault(key, []).append(record)
+        groups.setdefault(_key(record), []).append(record)
     names = ("network", "regime", "method", "target")
     values = ("top1", "top1_dense", "macs_ratio", "params_ratio", "channels_kept", "seconds")
     for of_key in groups.values():
@@ -245,48 +226,3 @@ def _cells(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         }
         for key, of_key in groups.items()
     ]
-
-
-def _column(column: tuple[str, str]) -> tuple[str, float, int]:
-    """Order columns by what is budgeted, then from much kept to little."""
-    target, regime = column
-    kind = target.rstrip("0123456789.")
-    return kind, -float(target.removeprefix(kind)), REGIMES.index(regime)
-
-
-def render(result: dict[str, Any]) -> str:
-    """Return the page: one table a network, test top-1 by method, mean and standard deviation over seeds."""
-    settings, cells = result["settings"], result["cells"]
-    text = [
-        "# Accuracy after removing channels together, without fine-tuning",
-        "",
-        f"Test top-1 in percent on {settings['test_images']} images of Fashion-MNIST; every method sees the same "
-        f"{settings['images']} training images. Mean and standard deviation over seeds, each a dense network of "
-        "its own; a number without deviation is of one seed. *macs0.5*: half the MACs kept; *channels0.5*: half the "
-        "coupled channels. *one-shot*: scored and cut once. *reconstructed*: the same plan, then the weights of each "
-        "layer solved anew by least squares, for all methods alike. *gradual*: ten steps, scores and statistics of "
-        "batch normalisation fresh in each.",
-    ]
-    for network in dict.fromkeys(cell["network"] for cell in cells):
-        rows = [cell for cell in cells if cell["network"] == network]
-        columns = sorted({(cell["target"], cell["regime"]) for cell in rows}, key=_column)
-        by_method: dict[str, dict[tuple[str, str], Any]] = {}
-        for cell in rows:
-            by_method.setdefault(cell["method"], {})[cell["target"], cell["regime"]] = cell["top1"]
-        dense, seeds = rows[0]["top1_dense"], max((cell["seeds"] for cell in rows), key=len)
-        training = settings["dense"][network]
-        of_size = f" at {training['img_size']} x {training['img_size']}" if training["img_size"] else ""
-        text += [
-            "",
-            f"## {network}",
-            "",
-            f"Dense, {training['epochs']} epoch{'s' * (training['epochs'] != 1)}{of_size}: {mean_and_sd(dense)}; seeds "
-            f"{', '.join(map(str, seeds))}.",
-            "",
-        ]
-        text.append("| method | " + " | ".join(f"{target}, {regime}" for target, regime in columns) + " |")
-        text.append("|---" * (len(columns) + 1) + "|")
-        for method, found in by_method.items():
-            values = [mean_and_sd(found[column]) if column in found else "-" for column in columns]
-            text.append(f"| `{method}` | " + " | ".join(values) + " |")
-    return "\n".join(text) + "\n"
