@@ -52,7 +52,7 @@ def measure(gates: int, samples: int) -> dict[str, float]:
     ordered, begun = time.perf_counter() - begun, time.perf_counter()
     removed = torch.zeros(gates, dtype=torch.bool)
     removed[order[: gates // 2]] = True
-    quadratic.compensation(gradients, removed, 0.1)
+    quadratic.Compensation(gradients, removed)(0.1)
     return {
         "gates": gates,
         "seconds_order": ordered,

@@ -102,7 +102,7 @@ class ChannelPruner:
     Raises:
         GraphError: The network cannot be traced, or nothing in it may be pruned.
         BudgetError: The budget is none, or cannot be met even with every group at its smallest.
-        CriterionError: The criterion is none, such as a name or a class.
+        CriterionError: The criterion is none, such as a name or a class, or its order is to be divided by blocks.
     """
 
     def __init__(
@@ -142,6 +142,10 @@ class ChannelPruner:
         self.isomorphic, self.parts = isomorphic, checked_parts(parts)
         if isomorphic and self.stages:
             raise BudgetError("Expected stages or isomorphic, got both: each says which groups lose the same fraction.")
+        if divide_by_blocks and self.scorer.is_ranking:
+            raise CriterionError(
+                f"divide_by_blocks divides scores, and {self.scorer} gives an order of removal: leave one of them out."
+            )
         self.cost_aware = self.scorer.cost_aware if cost_aware is None else cost_aware
         self.optimizer, self.ema = optimizer, ema
         self._state: Any = None
@@ -386,7 +390,7 @@ class ChannelPruner:
         return mean_loss is not None and self.schedule.due(self._since_check, mean_loss)
 
     def _ranking(self, scores: Mapping[str, Tensor]) -> Ranking:
-        if self.divide_by_blocks and not self.scorer.is_ranking:
+        if self.divide_by_blocks:
             scores = {group.name: scores[group.name] / group.blocks for group in self.groups}
         if self.stages:
             scores = turns(self.groups, scores, self.stages, self.live.dense_widths)

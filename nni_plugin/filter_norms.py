@@ -21,6 +21,7 @@ from nni_plugin.cost import on_device_of
 from nni_plugin.errors import PlanError
 from nni_plugin.layers.trace import trace
 from nni_plugin.reconstruction import what_stays
+from nni_plugin.tensors import holders
 
 LONGEST = 100.0
 """Most that a filter is stretched by: of one that is next to nothing there is no direction to keep."""
@@ -67,9 +68,7 @@ def _normalised(model: nn.Module, example_inputs: Any) -> Iterator[tuple[str, _B
     """Yield the layers whose output one batch normalisation reads and nobody else, with it."""
     records = trace(model, example_inputs)
     readers = {("call", record.order): name for name, record in records.items() if record.count == 1}
-    names: dict[int, int] = {}
-    for _, parameter in model.named_parameters(remove_duplicate=False):
-        names[id(parameter)] = names.get(id(parameter), 0) + 1
+    held = holders(model)
     for path, layer in model.named_modules():
         if not isinstance(layer, (nn.Linear, nn.Conv2d)) or records[path].count != 1 or len(records[path].readers) != 1:
             continue
@@ -79,7 +78,7 @@ def _normalised(model: nn.Module, example_inputs: Any) -> Iterator[tuple[str, _B
             continue
         parameters = [*layer.parameters(), *norm.parameters()]
         plain = {"weight", "bias"}.issuperset(name for name, _ in layer.named_parameters())  # not parametrised
-        if plain and all(names[id(parameter)] == 1 for parameter in parameters):
+        if plain and all(held[id(parameter)] == 1 for parameter in parameters):
             yield path, norm
 
 

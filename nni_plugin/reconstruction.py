@@ -35,6 +35,7 @@ from nni_plugin.layers.removal import find_removal
 from nni_plugin.plan import PruningPlan
 from nni_plugin.renumbering import Renumbering
 from nni_plugin.side_by_side import SideBySide
+from nni_plugin.tensors import holders
 
 RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 """What the ridge is chosen from, in units of the mean square of the inputs."""
@@ -134,14 +135,12 @@ def what_stays(plan: PruningPlan, dense: nn.Module, example_inputs: Any) -> tupl
 
 def _solvable(model: nn.Module) -> list[tuple[str, nn.Module]]:
     """Return the layers whose output is their own weight times what they read."""
-    names: dict[int, int] = {}
-    for _, parameter in model.named_parameters(remove_duplicate=False):
-        names[id(parameter)] = names.get(id(parameter), 0) + 1
+    held = holders(model)
     return [
         (path, layer)
         for path, layer in model.named_modules()
         if (type(layer) is nn.Linear or (type(layer) is nn.Conv2d and layer.groups == 1))
-        and all(names[id(parameter)] == 1 for parameter in layer.parameters())
+        and all(held[id(parameter)] == 1 for parameter in layer.parameters())
     ]
 
 

@@ -6,6 +6,7 @@ tensor shrinks) and surgery (what to slice and which size attributes to lower).
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Literal, NamedTuple
 
 from torch import Tensor, nn
@@ -41,6 +42,11 @@ def tensor_of(model: nn.Module, name: str) -> Tensor:
     path, _, leaf = name.rpartition(".")
     tensor: Tensor = getattr(model.get_submodule(path), leaf)
     return tensor
+
+
+def holders(model: nn.Module) -> Counter[int]:
+    """Count the layers that hold each parameter, by its `id`: more than one share it. A layer of two names is one."""
+    return Counter(id(parameter) for layer in model.modules() for parameter in layer.parameters(recurse=False))
 
 
 def is_depthwise(layer: nn.Module) -> bool:

@@ -45,6 +45,24 @@ def test_lengths_are_those_of_the_dense_network_and_outputs_stay() -> None:
     assert_same(dense, untouched)
 
 
+def test_a_layer_of_two_names_is_no_shared_weight() -> None:
+    class TwoNames(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = nn.Sequential(*conv_bn(3, 6), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 3))
+            self.first = self.body[0]
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.body(x)
+
+    torch.manual_seed(0)
+    dense = randomise(TwoNames())
+    slim = PruningPlan((GroupPlan("body.0", 6, (0, 2, 3)),)).apply(copy.deepcopy(dense), X)
+    with torch.no_grad():
+        slim.first.weight.mul_(0.5)
+    assert restore_filter_norms(slim, dense, X) == pytest.approx({"body.0": 2.0})
+
+
 def test_a_step_turns_a_filter_as_much_as_in_the_dense_network() -> None:
     """Behind a normalisation the gradient goes as 1/length: at a tenth of it a step does a hundred times more."""
     torch.manual_seed(0)

@@ -126,6 +126,21 @@ def test_layers_of_other_classes_and_shared_weights_stay() -> None:
     assert all(torch.equal(pruned.state_dict()[name], value) for name, value in kept.items())
 
 
+def test_a_layer_of_two_names_is_no_shared_weight() -> None:
+    class TwoNames(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = twins()
+            self.second = self.body[2]
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.body(x)
+
+    dense = TwoNames().eval()
+    pruned = PruningPlan((GroupPlan("body.0", 8, (0, 2, 4, 6)),)).apply(copy.deepcopy(dense), BATCHES[0])
+    assert reconstruct(pruned, dense, BATCHES[0], BATCHES, forward)["body.2"] < 1e-6
+
+
 def test_values_that_are_not_finite_change_nothing() -> None:
     dense = twins().eval()
     pruned = PruningPlan((GroupPlan("0", 8, (0, 2, 4)),)).apply(copy.deepcopy(dense), BATCHES[0])

@@ -30,10 +30,14 @@ from nni_plugin.criteria.gate_reader import GateReader, Gates
 from nni_plugin.criteria.gates import TiedGates
 from nni_plugin.errors import CriterionError
 from nni_plugin.groups import ChannelGroup
-from nni_plugin.tensors import tensor_of
+from nni_plugin.tensors import holders, tensor_of
 
 DAMPINGS = (0.01, 0.03, 0.1, 0.3, 1.0)
 """What `damping="auto"` chooses from."""
+
+
+LEAST_DAMPING = 1e-8
+"""Below, systems of fewer samples than gates are singular to double precision."""
 
 
 ORDER_DAMPING = 1.0
@@ -46,13 +50,15 @@ class OBS(GateReader):
 
     Args:
         gates: Where the gate lies, see :class:`GateReader`. Only gates on layers that write the channel can
-            compensate; the others can be removed.
+            compensate, and not those of a weight that other layers share; the others can be removed. The order takes
+            all of them as free to move.
         damping: Added to the diagonal of the Fisher matrix, in units of its mean; `"auto"`: `ORDER_DAMPING` for the
             order of removal, and for compensation the one of `DAMPINGS` under which the held-out fifth of the samples
-            loses least.
+            loses least (of fewer than 10 samples none is held out: 0.1).
         compensate: Whether the gates that stay move; without it only the order is used.
-        linear: Let the mean gradient pull too: a full Newton step of all gates, far too long on a network that is not
-            trained (its loss may grow a thousandfold). Off: the network is taken as trained.
+        linear: Let the mean gradient pull the gates that stay too (the order knows nothing of it): a full Newton step
+            of all of them, far too long on a network that is not trained (its loss may grow a thousandfold). Off: the
+            network is taken as trained.
         cost_aware: Remove what loses least per MAC (or whatever the budget counts) instead of per channel. Off: it
             takes the channels of the widest maps first, far beyond where a quadratic model holds.
         max_samples: Rows kept, by all processes together; once there are so many (in each process its share of
@@ -73,8 +79,8 @@ class OBS(GateReader):
         cost_aware: bool = False,
         max_samples: int = 4096,
     ) -> None:
-        if damping != "auto" and (not _is_number(damping) or not 0 < float(damping) < math.inf):
-            raise CriterionError(f"damping must be a number above 0 or 'auto', got {damping!r}.")
+        if damping != "auto" and (not _is_number(damping) or not LEAST_DAMPING <= float(damping) < math.inf):
+            raise CriterionError(f"damping must be a number of at least {LEAST_DAMPING:g} or 'auto', got {damping!r}.")
         if isinstance(max_samples, bool) or not isinstance(max_samples, int) or max_samples < 1:
             raise CriterionError(f"max_samples must be an integer of at least 1, got {max_samples!r}.")
         self.damping, self.compensate, self.linear, self.cost_aware = damping, compensate, linear, cost_aware
@@ -86,7 +92,8 @@ class OBS(GateReader):
         """Watch a network while minibatches run, see :meth:`GateReader.collect`; the groups must be given."""
         with super().collect(model, groups):
             assert self._model is not None
-            can = [torch.full((group.width,), self._can_compensate(self._model, group)) for group in groups]
+            held = holders(self._model)
+            can = [torch.full((group.width,), self._can_compensate(self._model, group, held)) for group in groups]
             self._movable = torch.cat(can)
             yield self
 
@@ -95,18 +102,26 @@ class OBS(GateReader):
         super().reset()
         self._gradients: list[Tensor] = []
         self._position: Tensor | None = None
+        self._ordered_by: dict[str, float] | None = None
 
     def _gather(self, model: nn.Module) -> None:
         assert self._layout is not None
-        rows = self._layout.joint(self._terms(model, self._layout.members))
-        share = -(-self.max_samples // processes.count())
-        rows = rows[: max(share - self.samples, 0)].detach().cpu()
+        terms = self._terms(model, self._layout.members)  # taken even where there are rows enough: the next are others
+        left = -(-self.max_samples // processes.count()) - self.samples
+        if left <= 0:
+            return
+        rows = self._layout.joint(terms).detach()
+        rows = rows.cpu() if len(rows) <= left else rows[:left].cpu().clone()  # a part would hold the whole
         self._gradients.append(rows)
         self.samples += len(rows)
         self._position = None
 
-    def _can_compensate(self, model: nn.Module, group: ChannelGroup) -> bool:
-        """Tell whether a factor on the gate of each channel can be folded into the layers that write it."""
+    def _can_compensate(self, model: nn.Module, group: ChannelGroup, held: Mapping[int, int]) -> bool:
+        """Tell whether a factor on the gate of each channel can be folded into the layers that write it.
+
+        A parameter that layers share cannot take it: the other one, a reader perhaps (a language model's head is its
+        embedding), would take it too.
+        """
         if self._members(model, group) != group.writers:
             return False
         parameters = []
@@ -115,19 +130,21 @@ class OBS(GateReader):
             if not pieces or any(len(p.index) != len(writer.index) for p in pieces):
                 return False
             parameters += [id(tensor_of(model, piece.tensor)) for piece in pieces]
-        return len(set(parameters)) == len(parameters)  # a shared weight would take the factor twice
+        return len(set(parameters)) == len(parameters) and all(held.get(parameter, 1) == 1 for parameter in parameters)
 
     @property
     def rows(self) -> Tensor:
         """Gate gradients of the samples so far, `[samples, gates]`, the groups' gates one after the other."""
-        return torch.cat(self._gradients)
+        if len(self._gradients) != 1:
+            self._gradients = [torch.cat(self._gradients)]  # held once
+        return self._gradients[0]
 
     @property
     def movable(self) -> Tensor:
         """Which gates can take a factor, bool, `[gates]`."""
         return self._movable
 
-    def gates_of(self, group: ChannelGroup) -> slice | Tensor:
+    def gates_of(self, group: ChannelGroup) -> Tensor:
         """Return where a group's gates lie among the columns."""
         assert self._layout is not None
         return self._layout.gates_of(group)
@@ -136,14 +153,15 @@ class OBS(GateReader):
 
     def _score(self, group: ChannelGroup) -> Tensor:
         layout = self._placed()
-        if self._position is None:
-            self._position = self._order()
+        costs = dict(self.costs or {})
+        if self._position is None or self._ordered_by != costs:
+            self._position, self._ordered_by = self._order(), costs
         return self._position[layout.gates_of(group)]
 
     def _order(self) -> Tensor:
         """Return the position of each gate in the order of removal, float64, shape `[gates]`."""
         assert self._layout is not None
-        gradients = torch.cat(self._gradients)
+        gradients = self.rows
         if not bool(torch.isfinite(gradients).all()):
             return torch.full((self._layout.size,), torch.nan)
         costs = torch.ones(self._layout.size, dtype=torch.float64)
@@ -154,26 +172,26 @@ class OBS(GateReader):
         units = TiedGates(self._layout.groups)
         gradients, costs = units.sums(gradients), units.sums(costs)
         alive = (gradients != 0).any(0)
+        gradients = gradients if bool(alive.all()) else gradients[:, alive]  # a copy as large as all that is collected
         damping = ORDER_DAMPING if self.damping == "auto" else self.damping
         position = torch.zeros(units.number, dtype=torch.float64)  # gates without any gradient go first
-        order = quadratic.removal_order(gradients[:, alive], damping, costs[alive], sizes=units.sizes[alive])
+        order = quadratic.removal_order(gradients, damping, costs[alive], sizes=units.sizes[alive])
         position[alive.nonzero().flatten()[order]] = torch.arange(1, len(order) + 1, dtype=torch.float64)
         return units.shared(position)
 
     def conclude(self, before: Mapping[str, Tensor], kept: Mapping[str, Tensor]) -> Conclusion:
         """Return the factors of the gates that stay, and the loss change that the quadratic model expects."""
-        assert self._layout is not None
-        gradients = torch.cat(self._gradients)
-        removed = torch.ones(self._layout.size, dtype=torch.bool)
-        for name, part in self._layout.split(removed).items():
+        layout, gradients = self._placed(), self.rows
+        removed = torch.ones(layout.size, dtype=torch.bool)
+        for name, part in layout.split(removed).items():
             part[kept[name]] = False
         z = (~removed).double()
         if self.compensate:
             damping = self._best_damping(gradients, removed) if self.damping == "auto" else self.damping
-            z = quadratic.compensation(gradients, removed, damping, movable=self._movable, linear=self.linear)
-        movable = self._layout.split(self._movable)
+            z = quadratic.Compensation(gradients, removed, movable=self._movable, linear=self.linear)(damping)
+        movable = layout.split(self._movable)
         factors = {
-            name: part for name, part in self._layout.split(z).items() if self.compensate and bool(movable[name].all())
+            name: part for name, part in layout.split(z).items() if self.compensate and bool(movable[name].all())
         }
         return Conclusion(factors, quadratic.loss_change(gradients, z, linear=self.linear))
 
@@ -184,12 +202,9 @@ class OBS(GateReader):
         by_length = gradients.double().square().sum(1).argsort(stable=True)
         held_out = torch.zeros(len(gradients), dtype=torch.bool)
         held_out[by_length[2::5]] = True
-        losses = []
-        for damping in DAMPINGS:
-            z = quadratic.compensation(
-                gradients[~held_out], removed, damping, movable=self._movable, linear=self.linear
-            )
-            losses.append(quadratic.loss_change(gradients[held_out], z, linear=self.linear))
+        best = quadratic.Compensation(gradients[~held_out], removed, movable=self._movable, linear=self.linear)
+        judges = gradients[held_out]
+        losses = [quadratic.loss_change(judges, best(damping), linear=self.linear) for damping in DAMPINGS]
         return DAMPINGS[losses.index(min(losses))]
 
     def loss_changes(self, group: ChannelGroup) -> Tensor | None:

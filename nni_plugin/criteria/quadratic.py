@@ -7,18 +7,19 @@ of `G` (`N x M`), the empirical Fisher is `F = G^T G / N`, and `H = F + damping 
 - removing gate `m` where the others are free to move costs `z_m^2 / (2 [H^-1]_mm)` and moves them by
   `-[H^-1]_:m z_m / [H^-1]_mm`; then `H^-1` of what remains is a rank-one downdate away (:func:`removal_order`);
 - for a given set of removed gates the best values of the others have a closed form, whatever the order:
-  `d_K = H_KK^-1 H_KR 1` (:func:`compensation`).
+  `d_K = H_KK^-1 H_KR 1` (:class:`Compensation`).
 
 Work and memory. `H^-1` is held as a matrix up to `DENSE` gates (`8 M^2` bytes, 134 MB at 4,096). Above, the
-matrix inversion lemma writes it through `N x N` systems: two arrays of `N x M` floats (at 2,000 samples 180 MB for
-11,392 gates, 1.04 GB for 65,000), and the order takes about `N M^2` multiplications in all. Gates go in chunks:
-within a chunk removals see each other exactly among a pool of candidates; the rest is updated after each chunk.
+matrix inversion lemma writes it through `N x N` systems: beside the gradients two arrays of `N x M` floats (at 2,000
+samples 180 MB for 11,392 gates, 1.04 GB for 65,000; doubles where the damping is too small for floats), and the order
+takes about `N M^2` multiplications in all. Gates go in chunks: within a chunk removals see each other exactly among a
+pool of candidates; the rest is updated after each chunk.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor
@@ -33,7 +34,10 @@ MOST = 200
 """Gates in a chunk: all others feel them only once it is full."""
 
 PART = 1024
-"""Gates that are brought up to date at a time: what that needs stays in the cache."""
+"""Gates that are looked at, or brought up to date, at a time: what that needs stays in the cache."""
+
+SINGLE = 1e-3
+"""Least damping for which the inverse above `DENSE` gates is held in single precision."""
 
 
 def damped(gradients: Tensor, damping: float) -> float:
@@ -41,8 +45,11 @@ def damped(gradients: Tensor, damping: float) -> float:
 
     Gates without any gradient (removed before) do not count, so that it is the same whether they are still there.
     """
-    alive = max(int((gradients != 0).any(0).sum()), 1)
-    return max(damping * float(gradients.double().square().sum()) / (len(gradients) * alive), 1e-30)
+    alive, squares = 0, 0.0
+    for _, part in _parts(gradients):
+        alive += int((part != 0).any(0).sum())
+        squares += float(part.square().sum())
+    return max(damping * squares / (len(gradients) * max(alive, 1)), 1e-30)
 
 
 def removal_order(
@@ -77,8 +84,9 @@ def removal_order(
     chunk = chunk or (min(gates // 100, MOST) if gates > 512 else 1)
     # A gate on k tied ones has k times their damping: in units in which it is sqrt(k), it has theirs.
     value = torch.ones(gates, dtype=torch.float64) if sizes is None else sizes.double().sqrt()
-    gradients = gradients if sizes is None else gradients / value.to(gradients)
-    inverse = _inverse(gradients, damped(gradients, damping))
+    if bool((value != 1).any()):
+        gradients = gradients / value.to(gradients)
+    inverse = _inverse(gradients, damping)
     cost = torch.ones(gates, dtype=torch.float64) if costs is None else costs.double()
     alive = torch.arange(gates)
     order: list[Tensor] = []
@@ -107,43 +115,71 @@ def removal_order(
     return torch.cat(order)
 
 
-def compensation(
-    gradients: Tensor, removed: Tensor, damping: float = 0.1, *, movable: Tensor | None = None, linear: bool = False
-) -> Tensor:
-    """Return the gates' best values once some are zero.
+class Compensation:
+    """The gates' best values once some are zero, for any damping: sums over gates or samples are made once.
 
     Args:
         gradients: Gate gradients of single samples, shape `[N, M]`.
         removed: Which gates are zero: bool, shape `[M]`.
-        damping: Added to the diagonal, in units of its mean.
         movable: Which of the others may move; None: all.
         linear: Let the mean gradient pull too (a damped Newton step), instead of taking the network as trained.
-
-    Returns:
-        `z`, float64, shape `[M]`: zero where removed, one where it may not move.
     """
-    gradients = gradients.double()
-    free = ~removed if movable is None else movable & ~removed
-    kept, ridge, samples = gradients[:, free], damped(gradients, damping), len(gradients)
-    target = gradients[:, removed].sum(1)
-    if linear:
-        target = target - 1.0
-    z = (~removed).double()
-    if kept.shape[1] <= samples:
-        system = kept.T @ kept / samples
-        system.diagonal().add_(ridge)
-        z[free] += torch.linalg.solve(system, kept.T @ target / samples)
-    else:
-        system = kept @ kept.T
-        system.diagonal().add_(samples * ridge)
-        z[free] += kept.T @ torch.linalg.solve(system, target)
-    return z
+
+    def __init__(
+        self, gradients: Tensor, removed: Tensor, *, movable: Tensor | None = None, linear: bool = False
+    ) -> None:
+        self.gradients, self.removed = gradients, removed
+        self.free = ~removed if movable is None else movable & ~removed
+        self._unit = damped(gradients, 1.0)
+        samples = len(gradients)
+        self._target = gradients.new_zeros(samples, dtype=torch.float64)
+        for _, part in _parts(gradients, removed):
+            self._target += part.sum(1)
+        if linear:
+            self._target -= 1.0
+        self._few = int(self.free.sum()) <= samples
+        if self._few:
+            kept = gradients[:, self.free].double()
+            self._system, self._right = kept.T @ kept / samples, kept.T @ self._target / samples
+        else:
+            self._system = self._target.new_zeros(samples, samples)
+            for _, part in _parts(gradients, self.free):
+                self._system.addmm_(part, part.T)
+
+    def __call__(self, damping: float = 0.1) -> Tensor:
+        """Return the values.
+
+        Args:
+            damping: Added to the diagonal of the Fisher matrix, in units of its mean.
+
+        Returns:
+            `z`, float64, shape `[M]`: zero where removed, one where it may not move.
+        """
+        ridge, z = damping * self._unit, (~self.removed).double()
+        system = self._system.clone()
+        system.diagonal().add_(ridge if self._few else len(self.gradients) * ridge)
+        if self._few:
+            z[self.free] += torch.linalg.solve(system, self._right)
+        else:
+            solved = torch.linalg.solve(system, self._target)
+            for at, part in _parts(self.gradients, self.free):
+                z[at] += part.T @ solved
+        return z
 
 
 def loss_change(gradients: Tensor, z: Tensor, *, linear: bool = False) -> float:
     """Return the quadratic model's loss change when the gates go from 1 to `z`: `1/2 d F d` (`+ g d` when linear)."""
-    along = gradients.double() @ (z.double() - 1)
+    along, d = gradients.new_zeros(len(gradients), dtype=torch.float64), z.double() - 1
+    for at, part in _parts(gradients, d != 0):
+        along += part @ d[at]
     return float(0.5 * along.square().mean() + (along.mean() if linear else 0.0))
+
+
+def _parts(gradients: Tensor, columns: Tensor | None = None) -> Iterator[tuple[Tensor, Tensor]]:
+    """Go through the gates (those that a mask names), some at a time: where they are, and their rows in float64."""
+    at = torch.arange(gradients.shape[1]) if columns is None else columns.nonzero().flatten()
+    for some in at.split(PART):
+        yield some, gradients[:, some].double()
 
 
 def _greedy(block: Tensor, value: Tensor, cost: Tensor, count: int) -> Tensor:
@@ -152,8 +188,8 @@ def _greedy(block: Tensor, value: Tensor, cost: Tensor, count: int) -> Tensor:
     A Cholesky factorisation that pivots on what costs least: of the block without the gates chosen so far, the diagonal
     alone is kept, and a column is worked out when its gate goes.
     """
-    diagonal, value = block.diagonal().clone(), value.clone()
-    least = 1e-12 * float(diagonal.max())  # rounding must not lead below zero
+    least = 1e-12 * float(block.diagonal().max())  # rounding must not lead below zero
+    diagonal, value = block.diagonal().clamp_min(least), value.clone()
     columns = block.new_empty(count, len(value))
     chosen: list[int] = []
     for k in range(count):
@@ -216,20 +252,27 @@ class _LowRank(_Inverse):
     Both are held transposed, a gate a row: what is taken out, and summed over samples, then lies together in memory.
     """
 
-    def __init__(self, gradients: Tensor, ridge: float) -> None:
-        self.rows, self.ridge = gradients.T.float().contiguous(), ridge
-        system = (gradients.float() @ gradients.float().T).double()
-        system.diagonal().add_(len(gradients) * ridge)
-        solved = torch.cholesky_solve(gradients.double(), torch.linalg.cholesky(system))
+    def __init__(self, gradients: Tensor, ridge: float, dtype: torch.dtype) -> None:
+        samples = len(gradients)
+        system = gradients.new_zeros(samples, samples, dtype=torch.float64)
+        for _, part in _parts(gradients):
+            system.addmm_(part, part.T)
+        system.diagonal().add_(samples * ridge)
+        factor = torch.linalg.cholesky(system)
+        self.ridge = ridge
+        self.rows = gradients.new_empty(gradients.shape[::-1], dtype=dtype)
+        self.solved = torch.empty_like(self.rows)
+        for at, part in _parts(gradients):
+            self.rows[at] = part.T.to(dtype)
+            self.solved[at] = torch.cholesky_solve(part, factor).T.to(dtype)
         # Rank-one corrections of both by chunks: see `remove`.
-        self.solved = solved.T.float().contiguous()
         self._dots: Tensor = torch.linalg.vecdot(self.rows, self.solved).double()
 
     def diagonal(self) -> Tensor:
         return ((1 - self._dots) / self.ridge).clamp_min(1e-12 / self.ridge)
 
     def times(self, at: Tensor, weights: Tensor) -> Tensor:
-        product = -(self.rows @ (self.solved[at].T.double() @ weights).float()).double()
+        product = -(self.rows @ (self.solved[at].T.double() @ weights).to(self.rows)).double()
         product[at] += weights
         return product / self.ridge
 
@@ -239,7 +282,7 @@ class _LowRank(_Inverse):
         return (torch.eye(len(at), dtype=torch.float64) - product) / self.ridge
 
     def remove(self, gone: Tensor, stays: Tensor) -> None:
-        core = torch.linalg.inv(self.block(gone) * self.ridge).float()
+        core = torch.linalg.inv(self.block(gone) * self.ridge).to(self.rows)
         rows, pushed = self.rows[gone], core @ self.solved[gone]
         # Part by part, in place: what stays moves to the front, and nothing large is allocated.
         for done, part in enumerate(stays.nonzero().flatten().split(PART)):
@@ -251,5 +294,8 @@ class _LowRank(_Inverse):
         self.rows, self.solved, self._dots = self.rows[:left], self.solved[:left], self._dots[:left]
 
 
-def _inverse(gradients: Tensor, ridge: float) -> _Inverse:
-    return _Matrix(gradients, ridge) if gradients.shape[1] <= DENSE else _LowRank(gradients, ridge)
+def _inverse(gradients: Tensor, damping: float) -> _Inverse:
+    ridge = damped(gradients, damping)
+    if gradients.shape[1] <= DENSE:
+        return _Matrix(gradients, ridge)
+    return _LowRank(gradients, ridge, torch.float32 if damping >= SINGLE else torch.float64)

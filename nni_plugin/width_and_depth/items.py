@@ -188,7 +188,7 @@ class Items:
                 idle[held], removed[held] = True, False
         if not bool(removed.any()):
             return None, 0.0
-        z = quadratic.compensation(rows, removed, damping, movable=movable & ~idle)
+        z = quadratic.Compensation(rows, removed, movable=movable & ~idle)(damping)
         change = quadratic.loss_change(rows, z)
         entries, first = [], 0
         for group in self.groups:

@@ -1,6 +1,7 @@
 """Optimal Brain Surgeon on joint gates: what the plan carries, what it wins, what it refuses."""
 
 import copy
+from collections.abc import Callable
 from functools import cache
 
 import pytest
@@ -17,8 +18,10 @@ import nni_plugin
 from nni_plugin.adapters.torch_pruning import find_groups
 from nni_plugin.budgets import Channels, MACs
 from nni_plugin.channel_pruner import ChannelPruner
+from nni_plugin.compensation import fold_factors
 from nni_plugin.criteria import OBS, TaylorFO
 from nni_plugin.errors import CriterionError
+from nni_plugin.groups import ChannelGroup
 from nni_plugin.networks.resnet import ResNet
 from nni_plugin.plan import PruningPlan
 from nni_plugin.planner import plan_channels
@@ -250,6 +253,64 @@ def test_weights_that_writers_share_get_no_factor() -> None:
     assert nni_plugin.verify(model, plan, batches()[0][0]).max_rel < 1e-12
 
 
+class TiedLanguageModel(nn.Module):
+    """Predicts by the embedding that it reads with: the head's weight has another name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding, self.inner, self.head = nn.Embedding(10, 6), nn.Linear(6, 8), nn.Linear(6, 10, bias=False)
+        self.outer = nn.Linear(8, 6)
+        self.head.weight = self.embedding.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.embedding((x.flatten(1)[:, 20] * 9).long())
+        return self.head(x + self.outer(torch.tanh(self.inner(x))))
+
+
+class TwoNames(nn.Module):
+    """Each layer is a child under two names, and is one layer all the same."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.norm, self.last = nn.Conv2d(1, 6, 3), nn.BatchNorm2d(6), nn.Linear(6 * 36, 10)
+        self.body = nn.Sequential(self.first, self.norm, nn.ReLU(), nn.Flatten(), self.last)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.body(x)
+
+
+def untrained() -> nn.Module:
+    return ResNet(1, num_classes=10, in_chans=1)
+
+
+@pytest.mark.parametrize(("network", "free"), [(untrained, 6), (TiedLanguageModel, 1), (TwoNames, 1)])
+def test_a_factor_does_to_the_loss_what_its_gate_says(network: Callable[[], nn.Module], free: int) -> None:
+    torch.manual_seed(0)
+    model, batch = randomise(network()), batches(1)[0]
+    groups = [group for group in find_groups(model, batch[0]) if group.fixed is None]
+    obs = OBS()
+    with obs.collect(model, groups):
+        loss_of(model, batch).backward()
+        obs.update(batch)
+    checked = 0
+    for group in groups:
+        at = obs.gates_of(group)
+        if not bool(obs.movable[at].all()):
+            continue
+        checked += 1
+        for channel in range(0, group.width, 5):
+            losses = []
+            for step in (-1e-7, 1e-7):  # short: few activations cross zero
+                moved, factors = copy.deepcopy(model), torch.ones(group.width, dtype=torch.float64)
+                factors[channel] += step
+                fold_factors(moved, [group], {group.name: factors})
+                losses.append(float(loss_of(moved, batch).detach()))
+            # Rows are of one sample's loss each, as the sum over samples has it.
+            told = float(obs.rows[:, at][:, channel].mean())
+            assert (losses[1] - losses[0]) / 2e-7 == pytest.approx(told, rel=1e-4, abs=1e-7)
+    assert checked == free
+
+
 @settings(max_examples=15, deadline=None)
 @given(networks(), st.integers(0, 3))
 def test_masked_is_compact_with_factors_on_random_networks(recipe: Recipe, seed: int) -> None:
@@ -281,9 +342,48 @@ def test_as_importance_of_a_stock_pruner(resnet: nn.Module) -> None:
     assert model(images).shape == (64, 10)
 
 
+def collected(resnet: nn.Module, number: int, **settings: object) -> tuple[OBS, list[ChannelGroup]]:
+    model = copy.deepcopy(resnet)
+    groups = [group for group in find_groups(model, batches()[0][0]) if group.fixed is None]
+    obs = OBS(**settings)
+    with obs.collect(model, groups):
+        for batch in batches(number):
+            model.zero_grad()
+            loss_of(model, batch).backward()
+            obs.update(batch)
+    return obs, groups
+
+
+def test_holds_no_more_rows_than_it_may(resnet: nn.Module) -> None:
+    """A part of a minibatch's rows would keep all of them in memory, and in the file of a run to go on with."""
+    all_rows = collected(resnet, 2)[0].rows
+    obs, _ = collected(resnet, 6, max_samples=80)
+    assert torch.equal(obs.rows, all_rows[:80])
+    state = collected(resnet, 6, max_samples=80)[0].state_dict()["gradients"]
+    assert sum(rows.untyped_storage().nbytes() for rows in state) == 80 * all_rows.shape[1] * all_rows.element_size()
+
+
+def test_order_is_of_the_costs_as_they_are(resnet: nn.Module) -> None:
+    obs, groups = collected(resnet, 2)
+    plain = [obs(group) for group in groups]
+    obs.costs = {group.name: 1.0 + number for number, group in enumerate(groups)}
+    assert not all(map(torch.equal, plain, [obs(group) for group in groups]))
+    obs.costs = {}
+    assert all(map(torch.equal, plain, [obs(group) for group in groups]))
+
+
+def test_a_saved_state_alone_cannot_conclude(resnet: nn.Module) -> None:
+    again = OBS()
+    again.load_state_dict(collected(resnet, 1)[0].state_dict())
+    with pytest.raises(CriterionError, match="not of which groups"):
+        again.conclude({}, {})
+
+
 def test_refuses_what_it_cannot_do(resnet: nn.Module) -> None:
-    with pytest.raises(CriterionError, match="damping must be a number above 0"):
+    with pytest.raises(CriterionError, match="damping must be a number of at least 1e-08"):
         OBS(damping=0.0)
+    with pytest.raises(CriterionError, match="divide_by_blocks"):
+        plan_channels(resnet, batches()[0][0], OBS(), batches(), loss_of, Channels(0.7), divide_by_blocks=True)
     with pytest.raises(CriterionError, match=r"pass them to collect\(\)"), OBS().collect(resnet):
         pass
     obs = OBS()
