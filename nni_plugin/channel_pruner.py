@@ -28,6 +28,7 @@ from nni_plugin.adapters.torch_pruning import (
     find_groups,
     sound_groups,
     verify,
+    warn_of_unreached,
 )
 from nni_plugin.budget_fit import BudgetFit
 from nni_plugin.budgets import Budget, Latency, Layers, Size
@@ -48,6 +49,7 @@ from nni_plugin.schedules import OneShot, Schedule
 from nni_plugin.scorer import ForeignCriterion, Scorer
 from nni_plugin.selection import Ranking
 from nni_plugin.stages import check_stages, turns, turns_by_make
+from nni_plugin.wrappers import average_of, checked_network
 
 Selection = Literal["all", "skip-only", "no-skip"]
 
@@ -77,7 +79,7 @@ class ChannelPruner:
     """Drives one network to a budget by a criterion and a schedule.
 
     Args:
-        model: The network to prune (unwrapped), left as it was by this call.
+        model: The network to prune, left as it was by this call; wrappers (DDP, `torch.compile`) are looked through.
         example_inputs: One tensor `[N, ...]`, or a tuple or dict of inputs.
         criterion: One of `nni_plugin.criteria`, or any stock importance of Torch-Pruning, which reads the
             gradients of the last minibatch before a pruning step.
@@ -97,9 +99,12 @@ class ChannelPruner:
         parts: Which parts of a transformer may shrink: `"heads"` or `"head_dim"`, `"mlp"`, `"embedding"`.
         cut: When channels leave the network physically.
         optimizer: The optimizer that trains the network, to be cut along; a training state sets it too.
-        ema: A moving average of the network, likewise; to be updated after `on_step()`.
+        ema: A moving average of the network, likewise, in timm's or torch's wrapper or as it is; to be updated after
+            `on_step()`.
 
     Raises:
+        ModelError: The model is no network, or the average not one of it.
+        ScheduleError: The schedule is none.
         GraphError: The network cannot be traced, or nothing in it may be pruned.
         BudgetError: The budget is none, or cannot be met even with every group at its smallest.
         CriterionError: The criterion is none, such as a name or a class, or its order is to be divided by blocks.
@@ -134,7 +139,11 @@ class ChannelPruner:
             raise BudgetError(
                 f"Expected a budget, such as MACs(0.5), Params(0.5), Channels(100) or Latency(0.5), got {budget!r}."
             )
-        self.model, self.example_inputs = model, example_inputs
+        if schedule is not None and not isinstance(schedule, Schedule):
+            raise ScheduleError(
+                f"Expected a schedule, such as OneShot(), Gradual(10) or Iterative(100), got {schedule!r}."
+            )
+        self.model, self.example_inputs = (model := checked_network(model)), example_inputs
         self.budget, self.schedule = budget, schedule or OneShot()
         self.round_to, self.min_channels, self.cut_when = rounding_of(round_to, model), min_channels, cut
         self.scorer = Scorer(checked_criterion(criterion))
@@ -147,7 +156,7 @@ class ChannelPruner:
                 f"divide_by_blocks divides scores, and {self.scorer} gives an order of removal: leave one of them out."
             )
         self.cost_aware = self.scorer.cost_aware if cost_aware is None else cost_aware
-        self.optimizer, self.ema = optimizer, ema
+        self.optimizer, self.ema = optimizer, None if ema is None else average_of(model, ema)
         self._state: Any = None
         self._earlier: PruningPlan | None = getattr(model, "pruning_plan", None)
         if isinstance(budget, Layers):
@@ -155,6 +164,8 @@ class ChannelPruner:
         self.meter = LatencyMeter(model, self._inputs(), budget) if isinstance(budget, Latency) else None
         groups = find_groups(model, self._inputs(), ignore=ignore, keep_host=self.scorer.foreign, parts=self.parts)
         self._take(sound_groups(model, groups, self._inputs()))
+        self._whole = {group.name: group.fixed for group in self._all_groups if group.fixed is not None}
+        warn_of_unreached(model, self._inputs())
         self.dense: Size = self._fit.dense
         self.live = LivePlan(self.groups)
         check_stages(self.stages, list(self.live.dense_widths))
@@ -177,7 +188,8 @@ class ChannelPruner:
 
     def on_train_begin(self, state: Any) -> None:
         """Take the optimizer and the moving average from a training state, to cut them along; start watching."""
-        self.optimizer, self.ema, self._state = state.optimizer, state.ema, state
+        self.optimizer, self._state = state.optimizer, state
+        self.ema = None if state.ema is None else average_of(self.model, state.ema)
         self.open()
 
     def on_backward(self, loss: float, batch: Any = None, *, loss_scale: float | None = None) -> None:
@@ -299,6 +311,7 @@ class ChannelPruner:
             **({"isomorphic": True} if self.isomorphic else {}),
             **({"parts": sorted(self.parts)} if self.parts != frozenset(DEFAULT_PARTS) else {}),
             **({"latency": self.timing} if self.timing else {}),
+            **({"whole": self._whole} if self._whole else {}),
         }
         identity = getattr(self.model, "nni_plugin_identity", None)
         return self.live.whole(self.scorer.range, self.dense, self.size(), identity, asked)

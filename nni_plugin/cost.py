@@ -1,13 +1,15 @@
 """The one counter of MACs and parameters, used by budgets, plans, reports and benchmarks.
 
 MACs are multiply-accumulates of ONE sample, counted on the operators that really run (convolutions,
-matrix products, attention) by torch's own flop counter, two flops to a MAC. Normalisation, activation,
+matrix products, attention, LSTMs) by torch's own flop counter, two flops to a MAC. Normalisation, activation,
 pooling and additions count as nothing. Parameters are counted once each, however often they are shared.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
 
@@ -23,8 +25,28 @@ def _attention_flops(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> in
     return flops
 
 
-_CPU_ATTENTION = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops}
-"""torch counts the fused attention of GPUs but not that of CPUs; a budget must not depend on the device."""
+def _lstm_flops(inputs: Any, to_gates: Any, hidden_to_gates: Any, *_: Any, **__: Any) -> int:
+    steps = math.prod(inputs[:-1])  # of all samples
+    flops: int = 2 * steps * (math.prod(to_gates) + math.prod(hidden_to_gates))
+    return flops
+
+
+_ON_CPU = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
+    torch.ops.aten.mkldnn_rnn_layer: _lstm_flops,
+}
+"""torch counts fused operators of GPUs but not those of CPUs; a budget must not depend on the device."""
+
+
+@contextmanager
+def _attention_in_parts() -> Iterator[None]:
+    """Keep `nn.MultiheadAttention` from the one operator that it has for inference, which nothing looks into."""
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
 
 
 @dataclass(frozen=True)
@@ -103,7 +125,7 @@ def count_macs_by_module(model: nn.Module, example_inputs: Any) -> dict[str, int
         ModelError: The forward pass fails on the example inputs.
     """
     batch = batch_size_of(example_inputs)
-    counter = FlopCounterMode(display=False, custom_mapping=_CPU_ATTENTION)
+    counter = FlopCounterMode(display=False, custom_mapping=_ON_CPU)
     spent: dict[str, int] = {}
     begun: dict[str, int] = {}
     hooks = []
@@ -124,7 +146,7 @@ def count_macs_by_module(model: nn.Module, example_inputs: Any) -> dict[str, int
         model.eval()
         for parameter in trained:
             parameter.requires_grad_(False)
-        with torch.no_grad(), counter:
+        with torch.no_grad(), _attention_in_parts(), counter:
             call(model, example_inputs)
     except (AssertionError, IndexError, RuntimeError, TypeError, ValueError) as error:
         raise ModelError(f"The model does not run on the example inputs: {error}") from error
@@ -162,9 +184,9 @@ def count(model: nn.Module, example_inputs: Any) -> Cost:
 
 def on_device_of(model: nn.Module, inputs: Any) -> Any:
     """Return nested inputs on the device of a model that may have moved since they were made."""
-    device = next(model.parameters()).device
+    device = next((parameter.device for parameter in model.parameters()), None)
     if isinstance(inputs, Tensor):
-        return inputs.to(device)
+        return inputs if device is None else inputs.to(device)
     if isinstance(inputs, dict):
         return {key: on_device_of(model, value) for key, value in inputs.items()}
     if isinstance(inputs, (tuple, list)):

@@ -32,6 +32,7 @@ from nni_plugin.machine import library_versions
 from nni_plugin.plan import PruningPlan, dense_names
 from nni_plugin.processes import agreed
 from nni_plugin.schedules import Gradual, OneShot
+from nni_plugin.wrappers import checked_network
 
 
 def plan_layers(
@@ -81,6 +82,9 @@ def plan_layers(
     schedule = schedule or OneShot()
     if not isinstance(schedule, (OneShot, Gradual)) or schedule.minibatches is not None:
         raise ScheduleError(f"Blocks leave by OneShot() or Gradual(steps), without training between, got {schedule!r}.")
+    model = checked_network(model)
+    if isinstance(importance, type):
+        raise CriterionError(f"Expected an importance, got the class {importance.__name__}: {importance.__name__}().")
     if not isinstance(importance, LayerImportance):
         raise CriterionError(
             f"{importance!r} scores channels, not layers: give LayerStatistic({type(importance).__name__}()), or "

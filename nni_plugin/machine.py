@@ -57,7 +57,7 @@ def usable_device(name: str | None = None) -> torch.device:
         torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
-        raise TrainingError(f"--device: {name!r} cannot be used here ({reason}); the CPU can: cpu") from error
+        raise TrainingError(f"The device {name!r} cannot be used here ({reason}); the CPU can: 'cpu'.") from error
     return device
 
 

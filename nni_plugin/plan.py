@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from nni_plugin.cost import Cost
 
 SCHEMA_VERSION = 1
+_NAMED = 3
+"""Layers that stay whole for one reason: so many are named when a plan is explained."""
 
 
 @dataclass(frozen=True)
@@ -260,7 +262,8 @@ class PruningPlan:
     def explain(self) -> str:
         """Return a table: layer, channels kept of total, score range, share of all channels removed.
 
-        What leaves altogether, costs, and by step the change of the loss predicted and measured, where known, follow.
+        What leaves altogether, costs, by step the change of the loss predicted and measured, and what stays whole for
+        which reason follow, where known.
         """
         cut = max(self.channels_removed, 1)
         rows = [("layer", "kept/total", "scores", "share of the cut")]
@@ -292,6 +295,12 @@ class PruningPlan:
             if (predicted := step.get("predicted_loss_change")) is not None:
                 measured = f", measured {step['loss_change']:+.4g}" if "loss_change" in step else ""
                 lines.append(f"step {number}: loss change predicted {predicted:+.4g}{measured}")
+        reasons: dict[str, list[str]] = {}
+        for name, reason in self.provenance.get("whole", {}).items():
+            reasons.setdefault(reason, []).append(name)
+        for reason, names in reasons.items():
+            more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+            lines.append(f"whole: {', '.join(names[:_NAMED])}{more}: {reason}")
         return "\n".join(line.rstrip() for line in lines)
 
     def to_json(self) -> str:

@@ -22,6 +22,7 @@ from nni_plugin.plan import PruningPlan
 from nni_plugin.processes import gathered, pooled_mean
 from nni_plugin.schedules import Continuous, Gradual, OneShot, Schedule
 from nni_plugin.scorer import ForeignCriterion, Scorer
+from nni_plugin.wrappers import checked_network
 
 
 def plan_channels(
@@ -47,7 +48,8 @@ def plan_channels(
 
     Args:
         model: Scored in the mode it is in (`model.eval()` for the network as it is used; `model.train()` as it is
-            trained). Weights, statistics, gradients and mode are put back.
+            trained). Weights, statistics, gradients and mode are put back. Wrappers (DDP, `torch.compile`) are looked
+            through: the network inside is scored.
         example_inputs: One tensor `[N, ...]`, or a tuple or dict of inputs.
         criterion: One of `nni_plugin.criteria`, or any stock importance of Torch-Pruning.
         batches: Minibatches, anything that `loss_fn` takes; gone through again while a schedule goes on. Not
@@ -82,7 +84,9 @@ def plan_channels(
             lacks gradients.
         DataError: With `reestimate`, the minibatches leave a normalisation without finite statistics.
         GraphError: The network cannot be traced, or nothing may be pruned.
+        ModelError: The model is no network.
     """
+    model = checked_network(model)
     with unchanged(model):
         pruner = ChannelPruner(
             model,
@@ -130,11 +134,19 @@ def run_without_training(
     pruner.scorer.evaluate_with(loss_fn)
     with pruner:
         if pruner.scorer.needs_data and not pruner.done:
+            _check_data(batches, loss_fn)
             _pass_over(pruner, batches, loss_fn, reestimate)
         if not pruner.done:
             pruner.finish()
             _settle(pruner, batches, loss_fn, reestimate, window=batches)
         return pruner.plan()
+
+
+def _check_data(batches: Any, loss_fn: Any) -> None:
+    if not isinstance(batches, Iterable):
+        raise CriterionError(f"Expected minibatches, a list or a loader, got {batches!r}. The model is unchanged.")
+    if not callable(loss_fn):
+        raise CriterionError(f"Expected loss_fn(model, batch) -> a scalar, got {loss_fn!r}. The model is unchanged.")
 
 
 def _pass_over(

@@ -6,7 +6,6 @@ Torch-Pruning, which read the gradients as they are when they are called.
 
 from __future__ import annotations
 
-import inspect
 import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -19,6 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from nni_plugin.cost import tensors_in
 from nni_plugin.criteria.base import Conclusion, Criterion
+from nni_plugin.described import described
 from nni_plugin.errors import CriterionError
 from nni_plugin.groups import ChannelGroup
 
@@ -247,9 +247,7 @@ class Scorer:
         kind = type(self.criterion)
         if not isinstance(self.criterion, Criterion):
             return f"{kind.__module__}.{kind.__name__}"
-        named = inspect.signature(kind).parameters
-        options = [f"{name}={_text(getattr(self.criterion, name))}" for name in named if hasattr(self.criterion, name)]
-        return f"{kind.__name__}({', '.join(options)})"
+        return described(self.criterion)
 
 
 def _backward(
@@ -287,11 +285,6 @@ def _backward(
             warnings.filterwarnings("ignore", "Using backward.. with create_graph=True", UserWarning)
             loss.backward(create_graph=create_graph)
     return value
-
-
-def _text(value: Any) -> str:
-    """Return an option as text, a function by its name: its address would differ from run to run."""
-    return str(value.__qualname__) if inspect.isroutine(value) else repr(value)
 
 
 def _samples(batch: Any) -> list[Any]:

@@ -7,10 +7,11 @@ import torch
 from networks_at_random import Twice
 from torch import Tensor, nn
 
-from nni_plugin import Cost, count
+from nni_plugin import Cost, MACs, count, plan_channels
 from nni_plugin.adapters.torch_pruning import cut_channels, find_groups
 from nni_plugin.budgets import Size
 from nni_plugin.cost import batch_size_of, call, count_macs_by_module, count_params, tensors_in
+from nni_plugin.criteria import Magnitude
 from nni_plugin.errors import ModelError
 from nni_plugin.plan import GroupPlan, PruningPlan
 from nni_plugin.slim_cost import SlimCost
@@ -125,3 +126,37 @@ def test_groups_that_stay_whole_are_no_channels() -> None:
     slim = SlimCost(model, example, find_groups(model, example, ignore=["0"]))
     assert slim.widths == {"2": 4}
     assert slim.dense.channels == 4
+
+
+class Attention(nn.Module):
+    """Its own attention with torch's layer, which has one operator for all of it in inference."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(32, 4, batch_first=True)
+        self.mlp = nn.Sequential(nn.Linear(32, 64), nn.GELU(), nn.Linear(64, 32))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attention(x, x, x, need_weights=False)[0]
+        return x + self.mlp(x)
+
+
+def test_attention_counts_where_torch_would_run_it_as_one_operator() -> None:
+    tokens, width = 10, 32
+    by_hand = tokens * width * (4 * width + 2 * 64) + 2 * tokens * tokens * width  # projections, MLP; scores, mixing
+    x = torch.randn(3, tokens, width)
+    assert count(Attention(), x).macs == by_hand
+    assert count(nn.TransformerEncoderLayer(width, 4, 64, batch_first=True), x).macs == by_hand
+    assert torch.backends.mha.get_fastpath_enabled()
+    plan = plan_channels(Attention(), x, Magnitude(), [], lambda model, batch: model(batch).mean(), MACs(0.8))
+    slim = plan.apply(Attention(), x)
+    hidden = slim.mlp[0].out_features
+    left = tokens * width * (4 * width + 2 * hidden) + 2 * tokens * tokens * width
+    assert count(slim, x).macs == left <= 0.8 * by_hand
+
+
+@pytest.mark.parametrize(("kind", "gates"), [("LSTM", 4), ("GRU", 3), ("RNN", 1)])
+def test_recurrent_layers(kind: str, gates: int) -> None:
+    layer = getattr(nn, kind)(16, 24, 2, bidirectional=True, batch_first=True)
+    by_hand = 7 * 2 * gates * 24 * ((16 + 24) + (48 + 24))  # steps, directions; two layers
+    assert count(layer, torch.randn(3, 7, 16)).macs == by_hand

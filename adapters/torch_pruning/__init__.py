@@ -2,7 +2,7 @@
 
 from nni_plugin.adapters.torch_pruning.apply import apply_plan
 from nni_plugin.adapters.torch_pruning.compare import Parity
-from nni_plugin.adapters.torch_pruning.graph import find_groups
+from nni_plugin.adapters.torch_pruning.graph import find_groups, warn_of_unreached
 from nni_plugin.adapters.torch_pruning.optimizer import carry_optimizer
 from nni_plugin.adapters.torch_pruning.probe import sound_groups
 from nni_plugin.adapters.torch_pruning.surgery import cut_channels, kept_outputs
@@ -17,4 +17,5 @@ __all__ = [
     "kept_outputs",
     "sound_groups",
     "verify",
+    "warn_of_unreached",
 ]

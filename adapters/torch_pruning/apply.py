@@ -24,6 +24,8 @@ from nni_plugin.groups import ChannelGroup
 from nni_plugin.layers.removal import Removal, find_removal
 from nni_plugin.parts import parts_of
 from nni_plugin.plan import PruningPlan
+from nni_plugin.sample_inputs import sample_of
+from nni_plugin.wrappers import checked_network
 
 
 def apply_plan(
@@ -37,7 +39,7 @@ def apply_plan(
     """Remove a plan's blocks and channels from a network, in place; on any error the network is unchanged.
 
     Args:
-        model: The dense network that the plan is for.
+        model: The dense network that the plan is for; wrappers (DDP, `torch.compile`) are looked through.
         plan: What to keep.
         example_inputs: Inputs to trace the network with, and to prove the plan on.
         groups: The network's groups where they are known already; None finds them. Not used with blocks, without
@@ -45,7 +47,8 @@ def apply_plan(
         check: Compare with the masked network on a copy first; without it the network is only run.
 
     Returns:
-        The same object. Its attribute `pruning_plan` is the plan (with its `shells`, composed with earlier ones).
+        The same object. Its attribute `pruning_plan` is the plan (with its `shells`, composed with earlier ones),
+        `pruning_inputs` the form of the inputs.
 
     Warns:
         UserWarning: The plan fits, but was made on a network of another size.
@@ -55,18 +58,20 @@ def apply_plan(
             must stay whole, or a block that cannot be removed.
         SurgeryError: The smaller network does not run, or does not compute what the masked one does.
     """
-    warn_of_another(model, plan)
+    network = checked_network(model)
+    warn_of_another(network, plan)
     if plan.removed_blocks:
-        return _apply_with_blocks(model, plan, example_inputs, check)
-    found = list(find_groups(model, example_inputs, parts=parts_of(plan.provenance)) if groups is None else groups)
+        _apply_with_blocks(network, plan, example_inputs, check)
+        return model
+    found = list(find_groups(network, example_inputs, parts=parts_of(plan.provenance)) if groups is None else groups)
     try:
-        _cut(model, plan, found, example_inputs, check)
+        _cut(network, plan, found, example_inputs, check)
     except SurgeryError:
         if groups is not None:
             raise
-        if (sound := without_chance(model, found, example_inputs)) is None:
+        if (sound := without_chance(network, found, example_inputs)) is None:
             raise
-        _cut(model, plan, sound, example_inputs, check)
+        _cut(network, plan, sound, example_inputs, check)
     return model
 
 
@@ -80,9 +85,10 @@ def _cut(model: nn.Module, plan: PruningPlan, groups: list[ChannelGroup], exampl
         stack.callback(cut_channels(model, plan, groups))
         _run(model, example_inputs)
     model.pruning_plan = composed  # type: ignore[assignment]
+    model.pruning_inputs = sample_of(example_inputs)  # type: ignore[assignment]
 
 
-def _apply_with_blocks(model: nn.Module, plan: PruningPlan, example_inputs: Any, check: bool) -> nn.Module:
+def _apply_with_blocks(model: nn.Module, plan: PruningPlan, example_inputs: Any, check: bool) -> None:
     """Take the blocks out, then the channels of what remains."""
     removal = find_removal(model, plan.removed_blocks, example_inputs)
     check_units(model, removal, getattr(model, "pruning_plan", None), example_inputs)
@@ -98,7 +104,7 @@ def _apply_with_blocks(model: nn.Module, plan: PruningPlan, example_inputs: Any,
         stack.callback(cut_channels(model, rest, groups, digest=plan.digest))
         _run(model, example_inputs)
     model.pruning_plan = composed  # type: ignore[assignment]
-    return model
+    model.pruning_inputs = sample_of(example_inputs)  # type: ignore[assignment]
 
 
 def _channel_part(

@@ -22,7 +22,8 @@ from nni_plugin.cost import call, tensors_in
 from nni_plugin.errors import GraphError
 from nni_plugin.groups import ChannelGroup
 from nni_plugin.parts import DEFAULT_PARTS, checked_parts
-from nni_plugin.tracing import coupled_groups
+from nni_plugin.tracing import coupled_groups, unreached
+from nni_plugin.wrappers import checked_network
 
 _HOST_ERRORS = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 """What Torch-Pruning raises on networks it cannot follow."""
@@ -39,7 +40,7 @@ def find_groups(
     """Find every coupled channel group of a network.
 
     Args:
-        model: Any network; left as it was.
+        model: Any network; left as it was. Wrappers (DDP, `torch.compile`) are looked through.
         example_inputs: One tensor `[N, ...]`, or a tuple or dict of inputs.
         ignore: Layers to leave whole, as modules or qualified names; a name also covers what is below it.
             The group of the network's output (the classifier) is always left whole.
@@ -52,10 +53,14 @@ def find_groups(
 
     Raises:
         GraphError: The network cannot be traced, or a layer to ignore does not exist.
+        ModelError: It is no network.
     """
+    model = checked_network(model)
     ignored = _ignored_paths(model, ignore)
     if not any(parameter.numel() for parameter in model.parameters()):
         raise GraphError(f"{type(model).__name__} has no parameters; there is nothing to prune.")
+    if not all(bool(tensor.isfinite().all()) for tensor in tensors_in(example_inputs) if tensor.is_floating_point()):
+        raise GraphError("example_inputs hold values that are not finite (NaN or inf); give an image, or torch.randn.")
     with _traceable(model, example_inputs) as inputs:
         with _refused(model):
             groups = coupled_groups(model, inputs, parts=checked_parts(parts))
@@ -63,6 +68,38 @@ def find_groups(
             groups = _with_hosts(model, inputs, groups)
     reasons = [group.fixed or _reason_to_keep(group, ignored) for group in groups]
     return [group if reason is None else group.freeze(reason) for group, reason in zip(groups, reasons, strict=True)]
+
+
+def warn_of_unreached(model: nn.Module, example_inputs: Any) -> None:
+    """Warn of layers that do not run on the example inputs: how they hang together with the others is not known.
+
+    Args:
+        model: The network; left as it was.
+        example_inputs: One tensor `[N, ...]`, or a tuple or dict of inputs.
+    """
+    with _traceable(model, example_inputs) as inputs:
+        reached: set[nn.Module] = set()
+        hooks = [
+            layer.register_forward_pre_hook(lambda layer, _: reached.add(layer))
+            for layer in model.modules()
+            if not isinstance(layer, torch.jit.ScriptModule)
+        ]
+        try:
+            call(model, inputs)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        # A layer that is not called may be used all the same: that takes a trace to tell.
+        held = [layer for layer in model.modules() if next(layer.parameters(recurse=False), None) is not None]
+        names = [] if reached.issuperset(held) else unreached(model, inputs)
+    if names:
+        named = ", ".join(map(repr, names[:5])) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+        warnings.warn(
+            f"{len(names)} layer{'s do' if len(names) > 1 else ' does'} not run on the example inputs: {named}. What "
+            "does not run stays as it is and may not fit the pruned network: give example inputs on which it runs, or "
+            "name what it reads and writes in `ignore`.",
+            stacklevel=3,
+        )
 
 
 @contextmanager
@@ -80,7 +117,7 @@ def _refused(model: nn.Module) -> Iterator[None]:
 def _ignored_paths(model: nn.Module, ignore: Iterable[str | nn.Module]) -> list[str]:
     names = {module: name for name, module in model.named_modules()}
     paths = []
-    for item in ignore:
+    for item in [ignore] if isinstance(ignore, (str, nn.Module)) else ignore:
         path = names.get(item) if isinstance(item, nn.Module) else item
         if path is None or path not in names.values():
             raise GraphError(f"Layer to ignore {item!r} is not in the model; see model.named_modules() for its names.")

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from nni_plugin.adapters.torch_pruning.compare import compare
-from nni_plugin.errors import PlanError, SurgeryError
+from nni_plugin.errors import GraphError, PlanError, SurgeryError
 from nni_plugin.groups import ChannelGroup
 from nni_plugin.plan import GroupPlan, PruningPlan
 from nni_plugin.random_weights import randomise
@@ -130,7 +130,13 @@ class _Trial:
 
 
 def _randomised(model: nn.Module) -> nn.Module:
-    model = copy.deepcopy(model)
+    try:
+        model = copy.deepcopy(model)
+    except (RuntimeError, TypeError) as error:
+        raise GraphError(
+            f"{type(model).__name__} cannot be copied ({error}). Take off torch.nn.utils.weight_norm, spectral_norm or "
+            "prune first (remove_weight_norm, ..., or torch.nn.utils.parametrizations in their place)."
+        ) from error
     with torch.no_grad():
         randomise(model)
     return model

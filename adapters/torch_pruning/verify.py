@@ -19,6 +19,7 @@ from nni_plugin.groups import ChannelGroup
 from nni_plugin.layers.removal import Removal, find_removal
 from nni_plugin.parts import parts_of
 from nni_plugin.plan import PruningPlan
+from nni_plugin.wrappers import checked_network
 
 
 def verify(
@@ -46,6 +47,7 @@ def verify(
         PlanError: The plan does not fit the network.
         SurgeryError: One of the two networks gives other outputs in number or shape, or does not run.
     """
+    model_before = checked_network(model_before)
     warn_of_another(model_before, plan)
     if plan.removed_blocks:
         removal = find_removal(model_before, plan.removed_blocks, example_inputs)

@@ -10,9 +10,12 @@ from pathlib import Path
 from reprlib import repr as short
 from typing import Any
 
+import torch
+
 from nni_plugin.checkpoint.files import CONFIG, read_file, refusing
 from nni_plugin.errors import CheckpointError
 from nni_plugin.plan import ModelIdentity, PruningPlan
+from nni_plugin.sample_inputs import Sample
 
 SCHEMA_VERSION = 1
 MAX_CONFIG_BYTES = 50_000_000
@@ -30,7 +33,7 @@ class SavedConfig:
     Args:
         identity: How to build the dense network.
         plan: What to cut from it.
-        input_shape: Shape of one sample in lists, see :data:`InputShape`.
+        sample: Form of one sample.
         sha256: Hash of `model.safetensors`.
         size: Its length in bytes.
         ties: Names of tensors that are not stored, with the stored one that each is.
@@ -40,7 +43,7 @@ class SavedConfig:
 
     identity: ModelIdentity
     plan: PruningPlan | None
-    input_shape: Any
+    sample: Sample | None
     sha256: str
     size: int
     ties: Mapping[str, str]
@@ -70,17 +73,28 @@ def read_config(folder: Path) -> SavedConfig:
                 raise CheckpointError(
                     f"Expected {key!r} as {kind.__name__} in {where}, got {short(config.get(key))}; save it again."
                 )
-        plan, shape = config.get("plan"), config.get("input_shape")
+        plan, shape, dtype = config.get("plan"), config.get("input_shape"), config.get("input_dtype")
         return SavedConfig(
             ModelIdentity(**config["model"]),
             None if plan is None else PruningPlan.from_json(json.dumps(plan)),
-            None if shape is None else checked_input(shape),
+            None if shape is None else Sample(checked_input(shape), _checked_dtype(dtype)),
             config["sha256"],
             config["bytes"],
             config["ties"],
             config["channels_last"],
             config["buffer_dtypes"],
         )
+
+
+def _checked_dtype(value: Any) -> Any:
+    """Return the dtype of one sample's tensors, `None` for floats, in the form of its shape."""
+    if isinstance(value, Mapping):
+        return {name: _checked_dtype(dtype) for name, dtype in value.items()}
+    if isinstance(value, list):
+        return [_checked_dtype(dtype) for dtype in value]
+    if value is None or (isinstance(value, str) and isinstance(getattr(torch, value, None), torch.dtype)):
+        return value
+    raise CheckpointError(f"Expected a dtype of inputs, such as 'int64', got {short(value)}; save the network again.")
 
 
 def checked_input(value: Any) -> Any:
@@ -90,10 +104,10 @@ def checked_input(value: Any) -> Any:
         CheckpointError: It is none of these, or too big.
     """
     if isinstance(value, Mapping):
-        return {name: checked_input(shape) for name, shape in value.items()}
+        return {name: checked_input(shape) if shape else [] for name, shape in value.items()}
     if isinstance(value, (list, tuple)) and value:
         if all(isinstance(shape, (list, tuple)) for shape in value):
-            return [checked_input(shape) for shape in value]
+            return [checked_input(shape) if shape else [] for shape in value]  # a number a sample has no shape
         if all(type(n) is int and n > 0 for n in value) and math.prod(value) <= MAX_ELEMENTS:
             return list(value)
     raise CheckpointError(

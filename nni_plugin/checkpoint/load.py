@@ -44,7 +44,7 @@ def from_pretrained(
             "pass it as from_pretrained(..., model=...)."
         )
     tensors = _read_tensors(folder, config)
-    network = rebuild(config.identity, config.plan, config.input_shape, len(tensors), model)
+    network = rebuild(config.identity, config.plan, config.sample, len(tensors), model)
     check_fit(network, tensors, f"{WEIGHTS} in {str(folder)!r} is another network's")
     # Tensors of inference mode could never be trained.
     with torch.inference_mode(False):
@@ -60,8 +60,9 @@ def input_shape_of(directory: str | Path) -> tuple[int, ...]:
     Raises:
         CheckpointError: The folder is missing or damaged, or the network has no input shape or several.
     """
-    shape = read_config(Path(directory)).input_shape
-    if not isinstance(shape, list) or isinstance(shape[0], list):
+    sample = read_config(Path(directory)).sample
+    shape = None if sample is None else sample.shape
+    if not isinstance(shape, list) or any(isinstance(size, list) for size in shape):
         raise CheckpointError(
             f"Expected one input shape in {str(directory)!r}, got {shape}; save the network with example_input_shape."
         )

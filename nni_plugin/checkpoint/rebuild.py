@@ -6,7 +6,6 @@ import copy
 import threading
 import warnings
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,19 +19,25 @@ from nni_plugin.adapters.torch_pruning import apply_plan
 from nni_plugin.checkpoint.files import refusing
 from nni_plugin.errors import CheckpointError
 from nni_plugin.plan import ModelIdentity, PruningPlan
+from nni_plugin.sample_inputs import Sample, zeros
+from nni_plugin.wrappers import checked_network
 
 MAX_ELEMENTS = 2**33  # of a dense network: dinov3_7b fits
 
 
 def rebuild(
-    identity: ModelIdentity, plan: PruningPlan | None, shape: Any, tensors: int, model: nn.Module | None = None
+    identity: ModelIdentity,
+    plan: PruningPlan | None,
+    sample: Sample | None,
+    tensors: int,
+    model: nn.Module | None = None,
 ) -> nn.Module:
     """Build the dense network on the CPU, or copy the given one, and cut it; the global random state stays.
 
     Args:
         identity: How to build it.
         plan: What to cut, if anything.
-        shape: Shape of one sample in lists, to trace it with; needed with a plan.
+        sample: Form of one sample, to trace it with; needed with a plan.
         tensors: How many tensors were saved; a network with far more is not built to its end.
         model: A dense network to copy in place of building one.
 
@@ -48,28 +53,23 @@ def rebuild(
             with register_module_parameter_registration_hook(note), register_module_buffer_registration_hook(note):
                 network = build(identity)
         else:
-            network = copy.deepcopy(unwrapped(model)).cpu()
+            network = copy.deepcopy(checked_network(model)).cpu()
             if getattr(network, "pruning_plan", None) is not None:
                 raise CheckpointError(
                     f"Expected a dense {identity.name!r} as model=, got one that is pruned already; build it afresh."
                 )
         network.eval()
         if plan is not None:
+            assert sample is not None  # as read and saved with one
             if plan.model is not None and identity.library != "custom" and _name(plan.model) != _name(identity):
                 raise CheckpointError(
                     f"Expected a plan for {_name(identity)}, got one for another model, {_name(plan.model)}; {todo}."
                 )
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", message="The plan removes nothing")
-                apply_plan(network, plan, _zeros(shape, next(network.parameters()).dtype), check=False)
+                apply_plan(network, plan, zeros(sample, next(network.parameters()).dtype), check=False)
         network.nni_plugin_identity = identity  # type: ignore[assignment]
     return network
-
-
-def unwrapped(model: nn.Module) -> nn.Module:
-    """Return the network inside the wrappers of (distributed) data parallelism and `torch.compile`."""
-    inner = getattr(model, "module", None) if hasattr(model, "device_ids") else getattr(model, "_orig_mod", None)
-    return unwrapped(inner) if isinstance(inner, nn.Module) else model
 
 
 def _bound(tensors: int) -> Callable[[nn.Module, str, Tensor | None], None]:
@@ -86,15 +86,6 @@ def _bound(tensors: int) -> Callable[[nn.Module, str, Tensor | None], None]:
                 )
 
     return note
-
-
-def _zeros(shape: Any, dtype: torch.dtype) -> Any:
-    """Return example inputs of one sample."""
-    if isinstance(shape, dict):
-        return {name: _zeros(size, dtype) for name, size in shape.items()}
-    if isinstance(shape[0], list):
-        return tuple(_zeros(size, dtype) for size in shape)
-    return torch.zeros(1, *shape, dtype=dtype)
 
 
 def _name(identity: ModelIdentity) -> str:

@@ -15,10 +15,12 @@ from torch import nn
 from nni_plugin.adapters.models import identity_of
 from nni_plugin.checkpoint.config import SCHEMA_VERSION, InputShape, checked_input
 from nni_plugin.checkpoint.files import CONFIG, WEIGHTS, refusing, write_files
-from nni_plugin.checkpoint.rebuild import rebuild, unwrapped
+from nni_plugin.checkpoint.rebuild import rebuild
 from nni_plugin.checkpoint.tensors import check_fit, find_ties, is_channels_last, unsaved_buffers
 from nni_plugin.errors import CheckpointError
 from nni_plugin.plan import ModelIdentity, PruningPlan
+from nni_plugin.sample_inputs import Sample, same_form
+from nni_plugin.wrappers import unwrapped
 
 _PACKAGES = ("nni-plugin", "torch", "timm", "torchvision", "safetensors")
 
@@ -41,7 +43,7 @@ def save_pretrained(
             `"custom"` with the class's name, and loading needs a dense network as `model=`.
         plan: What was cut from the dense network; None takes `model.pruning_plan`.
         example_input_shape: Shape of one sample, without the batch, to trace the dense network with; None takes
-            the library's usual one.
+            that of the inputs that the plan was applied with, or the library's usual one.
         extra: Further JSON values for the config, e.g. the accuracy.
 
     Returns:
@@ -54,15 +56,14 @@ def save_pretrained(
     network = unwrapped(model)
     plan = plan or getattr(network, "pruning_plan", None)
     identity = identity or identity_of(network) or ModelIdentity("custom", type(network).__name__)
-    usual = _usual_input(network, identity) if example_input_shape is None else example_input_shape
-    shape = None if usual is None else checked_input(usual)
-    if plan is not None and shape is None:
+    sample = _sample(network, identity, example_input_shape)
+    if plan is not None and sample is None:
         raise CheckpointError(
             f"Expected the shape of one sample to trace {identity.name!r} with, got none; give example_input_shape."
         )
     state = network.state_dict()
     if identity.library != "custom":
-        dense = rebuild(identity, plan, shape, len(state))
+        dense = rebuild(identity, plan, sample, len(state))
         check_fit(dense, state, f"identity {identity.library}/{identity.name} and the plan give another network")
     with refusing("The network cannot be written", "leave out what JSON or safetensors cannot hold"):
         ties = find_ties(state)
@@ -72,7 +73,8 @@ def save_pretrained(
         config = {
             "schema_version": SCHEMA_VERSION,
             "model": identity.to_dict(),
-            "input_shape": shape,
+            "input_shape": None if sample is None else sample.shape,
+            "input_dtype": None if sample is None else sample.dtype,
             "ties": ties,
             "channels_last": [name for name, tensor in own.items() if is_channels_last(state[name])],
             "buffer_dtypes": {n: str(b.dtype).removeprefix("torch.") for n, b in unsaved_buffers(network).items()},
@@ -85,6 +87,16 @@ def save_pretrained(
         text = json.dumps(config, indent=1, allow_nan=False).encode()
     write_files(Path(directory), {WEIGHTS: weights, CONFIG: text})
     return Path(directory)
+
+
+def _sample(model: nn.Module, identity: ModelIdentity, shape: InputShape | None) -> Sample | None:
+    """Return the form of one sample: as asked for, as the plan was applied with, or as the library has it."""
+    applied: Sample | None = getattr(model, "pruning_inputs", None)
+    if shape is None:
+        usual = _usual_input(model, identity)
+        return applied or (None if usual is None else Sample(checked_input(usual), None))
+    asked = checked_input(shape)
+    return Sample(asked, applied.dtype if applied is not None and same_form(asked, applied.shape) else None)
 
 
 def _usual_input(model: nn.Module, identity: ModelIdentity) -> list[int] | None:

@@ -211,6 +211,12 @@ class GateHessian:
             raise CriterionError(
                 "Gradients have no graph to differentiate again: call loss.backward(create_graph=True) before update()."
             )
+        for i, parameter, _, _ in self._reads:
+            if parameter.grad is not None and not parameter.grad.requires_grad:
+                raise CriterionError(
+                    f"The gradient of {layout.members[i].path!r} has no graph to differentiate again, while others "
+                    "have one. Gradient checkpointing hides it: call checkpoint(..., use_reentrant=False)."
+                )
         # One weight may be read twice: by the layer that writes one group and reads another.
         self._weights = {id(parameter): parameter for _, parameter, _, _ in self._reads}
         self._values = {key: accumulable(parameter.detach()) for key, parameter in self._weights.items()}

@@ -16,6 +16,7 @@ import numpy as np
 from torch import Tensor, nn
 
 from nni_plugin.correlation import spearman
+from nni_plugin.described import described
 from nni_plugin.errors import CriterionError, DataError
 from nni_plugin.layers.blocks import Block
 
@@ -34,6 +35,10 @@ class LayerImportance(ABC):
 
     needs_held_out = False
     """Whether minibatches of the training set are needed that `batches` does not hold."""
+
+    def __str__(self) -> str:
+        """Name the importance and its options."""
+        return described(self)
 
     def score(
         self,

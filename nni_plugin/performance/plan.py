@@ -31,6 +31,7 @@ from nni_plugin.performance.search import PerformanceMaximization
 from nni_plugin.plan import PruningPlan
 from nni_plugin.planner import unchanged
 from nni_plugin.rounding import rounding_of
+from nni_plugin.wrappers import checked_network
 
 SearchBudget = MACs | Params | TableLatency
 
@@ -201,6 +202,7 @@ def plan_performance(
         GraphError: The network cannot be traced, or nothing in it may have gates.
         SearchError: An option, a loss, a gate or an accuracy makes no sense.
     """
+    model = checked_network(model)
     with unchanged(model):
         planner = PerformancePlanner(
             model,

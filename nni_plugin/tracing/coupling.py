@@ -46,6 +46,8 @@ def coupled_groups(model: nn.Module, inputs: Any, *, parts: Collection[str] = DE
     """
     trace = Trace(model, rule_of)
     outputs = tensors_in(trace.run(inputs))
+    if not outputs:
+        raise GraphError(f"{type(model).__name__} returned no tensor: expected one, or dicts, tuples or dataclasses.")
     if not any(trace.value(tensor).step is not None for tensor in outputs):
         raise GraphError(f"{type(model).__name__} returned no tensor that depends on its inputs or parameters.")
     _drop_dead_ends(trace, [trace.value(tensor).step for tensor in outputs])
@@ -57,6 +59,20 @@ def coupled_groups(model: nn.Module, inputs: Any, *, parts: Collection[str] = DE
         for block in value.labels.blocks:
             trace.ledger.fix(block.atoms, "its channels are the network's output" + (f" (at {at})" if at else ""))
     return _Coupling(model, trace, trace.ledger.solve(head_dim="head_dim" in parts)).groups(parts)
+
+
+def unreached(model: nn.Module, inputs: Any) -> list[str]:
+    """Return the layers whose parameters a network uses neither as it is nor in training, on these inputs.
+
+    Args:
+        model: In eval mode, with gradients on.
+        inputs: One tensor `[N, ...]`, or a tuple or dict of inputs.
+    """
+    trace = Trace(model, rule_of)
+    trace.run(inputs)
+    if trace.unmet:
+        trace.run_as_trained(inputs)
+    return list(dict.fromkeys(name.rpartition(".")[0] for name in trace.unmet))
 
 
 def _drop_dead_ends(trace: Trace, ends: Iterable[Step | None]) -> None:
@@ -107,7 +123,7 @@ class _Coupling:
                 name=name,
                 width=len(self.roots[index]),
                 members=tuple(marked),
-                fixed=self._reason(index),
+                fixed=self._reason(index) or (None if inside else "no output of the network in use depends on it"),
                 forked=forked,
                 passages=tuple(self._passages(index)),
             )

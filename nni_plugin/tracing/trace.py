@@ -111,9 +111,9 @@ class Trace(TorchDispatchMode):
                 module.training = training
 
     @property
-    def unmet(self) -> bool:
-        """Whether some parameter was not used yet."""
-        return any(parameter not in self._values for parameter in self.model.parameters())
+    def unmet(self) -> list[str]:
+        """Names of the parameters that were not used yet."""
+        return [name for name, parameter in self.model.named_parameters() if parameter not in self._values]
 
     def _of_input(self, tensor: Tensor) -> Labels:
         """Return that an input's channels (dimension 1) are given."""

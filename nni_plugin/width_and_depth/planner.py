@@ -36,6 +36,7 @@ from nni_plugin.processes import agreed
 from nni_plugin.width_and_depth.goal import Goal
 from nni_plugin.width_and_depth.items import Limits
 from nni_plugin.width_and_depth.search import Search
+from nni_plugin.wrappers import checked_network
 
 
 def plan_jointly(
@@ -85,6 +86,9 @@ def plan_jointly(
         GraphError: There is neither a block nor a channel to remove.
     """
     _check_settings(budget, steps, damping, cost_powers)
+    model = checked_network(model)
+    if iter(batches) is batches:
+        raise CriterionError("batches can be gone through only once: give a list or a loader. The model is unchanged.")
     example_inputs = on_device_of(model, example_inputs)
     limits = Limits.of(model, candidates, ignore, min_channels, round_to)
     with torch.enable_grad(), torch.random.fork_rng(devices=[]):  # a loader may draw when it is gone through

@@ -114,6 +114,8 @@ NESTED = json.loads("[" * 500 + "]" * 500)
         (_set("plan", "model", to=5), "Damaged plan"),
         # Input shape.
         (_set("input_shape", to=None), "cannot be rebuilt"),
+        (_set("input_dtype", to="os"), "Expected a dtype of inputs"),
+        (_set("input_dtype", to=["int64"]), "cannot be rebuilt"),
         (_set("input_shape", to=[3, 10**6, 10**6]), "input shape.*at most"),
         (_set("input_shape", to=[3, -32, 32]), "positive integers"),
         (_set("input_shape", to=[3, 0, 32]), "positive integers"),

@@ -12,10 +12,12 @@ from gated import Batch, batches, collected, gated, group_of, loss_of, member_of
 from hypothesis import given, settings
 from networks_at_random import Branches, Recipe, Twice, conv_bn, networks, randomise
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
-from nni_plugin import MACs, plan_channels
+from nni_plugin import MACs, PruningPlan, plan_channels
 from nni_plugin.adapters.torch_pruning import find_groups
 from nni_plugin.criteria import OBD, TaylorFO, TaylorSO
+from nni_plugin.criteria.base import Criterion
 from nni_plugin.criteria.gate_criterion import GateCriterion
 from nni_plugin.criteria.gates import GateLayout
 from nni_plugin.criteria.second_order import GateHessian
@@ -379,3 +381,26 @@ def test_planning_meets_the_budget_and_leaves_the_network_as_it_was() -> None:
     assert all(parameter.grad is None for parameter in model.parameters())
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, before[name])
+
+
+@pytest.mark.parametrize("criterion", [OBD(), TaylorSO()])
+def test_checkpoints_that_hide_the_graph_are_refused(criterion: Criterion) -> None:
+    class Checkpointed(nn.Module):
+        def __init__(self, reentrant: bool) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.stem, self.head, self.reentrant = nn.Conv2d(3, 6, 3), nn.Linear(4, 3), reentrant
+            self.body = nn.Sequential(nn.Conv2d(6, 6, 3), nn.Tanh(), nn.Conv2d(6, 4, 3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.stem(x)
+            x = checkpoint(self.body, x, use_reentrant=self.reentrant) if torch.is_grad_enabled() else self.body(x)
+            return self.head(x.mean((2, 3)))
+
+    def planned(reentrant: bool) -> PruningPlan:
+        batch = torch.randn(4, 3, 9, 9, generator=torch.Generator().manual_seed(0)), torch.tensor([0, 1, 2, 0])
+        return plan_channels(Checkpointed(reentrant).eval(), batch[0], criterion, [batch], loss_of, MACs(0.5))
+
+    assert all(group.score_range[1] > 0 for group in planned(reentrant=False).groups)
+    with pytest.raises(CriterionError, match="use_reentrant=False"):
+        planned(reentrant=True)

@@ -103,8 +103,9 @@ def by_name(groups: Iterable[ChannelGroup]) -> dict[str, ChannelGroup]:
 
 
 def reasons(groups: Iterable[ChannelGroup]) -> dict[str, str]:
-    """Return why each group that must stay whole does, but for the network's output."""
-    return {group.name: group.fixed for group in groups if group.fixed and "network's output" not in group.fixed}
+    """Return why each group that must stay whole does, but for the network's output and what leads to none."""
+    told = {group.name: group.fixed for group in groups if group.fixed}
+    return {name: why for name, why in told.items() if "network's output" not in why and "no output" not in why}
 
 
 def paths(group: ChannelGroup, axis: str = "out") -> set[str]:

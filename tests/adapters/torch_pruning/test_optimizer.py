@@ -7,8 +7,9 @@ from collections.abc import Callable
 import pytest
 import torch
 from networks_at_random import Branches, conv_bn, randomise
+from timm.optim.lookahead import Lookahead
 from torch import Tensor, nn
-from torch.optim import SGD, Adadelta, Adafactor, Adagrad, Adam, Adamax, AdamW, NAdam, Optimizer, RAdam, RMSprop
+from torch.optim import LBFGS, SGD, Adadelta, Adafactor, Adagrad, Adam, Adamax, AdamW, NAdam, Optimizer, RAdam, RMSprop
 
 from nni_plugin import GroupPlan, PruningPlan, carry_optimizer
 from nni_plugin.adapters.torch_pruning import apply_plan
@@ -195,3 +196,54 @@ def test_factored_state_starts_afresh_and_says_so() -> None:
         carry_optimizer(optimizer, PLAN)
     steps(model, optimizer)
     assert all(bool(torch.isfinite(parameter).all()) for parameter in model.parameters())
+
+
+class Sharpness(Optimizer):
+    """As the usual SAM has it: weights of its own beside an optimizer that it holds."""
+
+    def __init__(self, parameters: list[nn.Parameter]) -> None:
+        super().__init__(parameters, {})
+        self.base_optimizer = SGD(self.param_groups, lr=0.1, momentum=0.9)
+        self.param_groups = self.base_optimizer.param_groups
+
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                self.state[parameter]["before"] = parameter.detach().clone()
+        self.base_optimizer.step(closure)
+
+
+@pytest.mark.parametrize("name", ["lookahead", "sharpness"])
+def test_optimizers_inside_another_are_carried_too(name: str) -> None:
+    model, plain = network(), network()
+    inner, alone = SGD(model.parameters(), lr=0.1, momentum=0.9), SGD(plain.parameters(), lr=0.1, momentum=0.9)
+    # Before its sixth step Lookahead is what it holds.
+    outer = Lookahead(inner) if name == "lookahead" else Sharpness(list(model.parameters()))
+    for one, optimizer in ((model, outer), (plain, alone)):
+        steps(one, optimizer)
+        apply_plan(one, PLAN, X)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            carry_optimizer(optimizer, PLAN)
+        steps(one, optimizer)
+    for a, b in zip(model.parameters(), plain.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_an_optimizer_of_one_history_starts_afresh() -> None:
+    model = network()
+    optimizer = LBFGS(model.parameters(), max_iter=2)
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = nn.functional.cross_entropy(model(X), Y)
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    apply_plan(model, PLAN, X)
+    with pytest.warns(UserWarning, match="LBFGS keeps state that does not follow"):
+        carry_optimizer(optimizer, PLAN)
+    before = float(closure())
+    optimizer.step(closure)
+    assert float(closure()) < before
