@@ -386,6 +386,7 @@ class ChannelPruner:
         self.groups = [group for group in groups if group.fixed is None]
         if not self.groups:
             reasons = "; ".join(f"{group.name}: {group.fixed}" for group in groups[:5])
+            reasons = reasons or "It has no layer of a kind that can be cut: quantise, convert or script it afterwards."
             raise GraphError(f"Nothing in {type(self.model).__name__} may be pruned. {reasons}")
         dense = getattr(self, "dense", None)
         self._fit = BudgetFit(self.budget, self.model, self._inputs(), self.groups, self._slim, self.meter, dense)

@@ -136,7 +136,7 @@ def _traceable(model: nn.Module, example_inputs: Any) -> Iterator[Any]:
         model.eval()
         for parameter in frozen:
             parameter.requires_grad_(True)
-        with torch.enable_grad(), warnings.catch_warnings():
+        with torch.inference_mode(False), torch.enable_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield _requiring_grad(example_inputs)
     finally:
