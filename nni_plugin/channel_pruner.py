@@ -15,7 +15,7 @@ import time
 import warnings
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -31,7 +31,16 @@ from nni_plugin.adapters.torch_pruning import (
     warn_of_unreached,
 )
 from nni_plugin.budget_fit import BudgetFit
-from nni_plugin.budgets import Budget, Latency, Layers, Size
+from nni_plugin.budgets import Budget, Latency, Size
+from nni_plugin.checks import (
+    Cut,
+    Selection,
+    checked_budget,
+    checked_criterion,
+    checked_cut,
+    checked_schedule,
+    checked_selection,
+)
 from nni_plugin.compensation import fold_factors
 from nni_plugin.cost import on_device_of
 from nni_plugin.criteria.base import Criterion
@@ -45,34 +54,11 @@ from nni_plugin.parts import DEFAULT_PARTS, checked_parts
 from nni_plugin.plan import PruningPlan
 from nni_plugin.processes import agreed, pooled_mean
 from nni_plugin.rounding import rounding_of
-from nni_plugin.schedules import OneShot, Schedule
+from nni_plugin.schedules import Schedule
 from nni_plugin.scorer import ForeignCriterion, Scorer
 from nni_plugin.selection import Ranking
 from nni_plugin.stages import check_stages, turns, turns_by_make
 from nni_plugin.wrappers import average_of, checked_network
-
-Selection = Literal["all", "skip-only", "no-skip"]
-
-
-def checked_criterion(criterion: Any) -> Criterion | ForeignCriterion:
-    """Return a criterion as it is.
-
-    Args:
-        criterion: What was given as one.
-
-    Raises:
-        CriterionError: It is a name, a class or anything else that cannot be called with a group.
-    """
-    if isinstance(criterion, type):
-        raise CriterionError(
-            f"Expected a criterion, got the class {criterion.__name__}: give an instance, {criterion.__name__}()."
-        )
-    if not callable(criterion):
-        raise CriterionError(
-            "Expected a criterion, such as TaylorFO() or nni_plugin.methods.create_criterion('taylor-fo'), "
-            f"got {criterion!r}."
-        )
-    return criterion  # type: ignore[no-any-return]
 
 
 class ChannelPruner:
@@ -127,30 +113,19 @@ class ChannelPruner:
         stages: Mapping[str, float] | None = None,
         isomorphic: bool = False,
         parts: Collection[str] = DEFAULT_PARTS,
-        cut: Literal["end", "step", "never"] = "end",
+        cut: Cut = "end",
         optimizer: torch.optim.Optimizer | None = None,
         ema: nn.Module | None = None,
     ) -> None:
-        if cut not in ("end", "step", "never"):
-            raise ScheduleError(f"cut must be 'end', 'step' or 'never', got {cut!r}.")
-        if select not in ("all", "skip-only", "no-skip"):
-            raise GraphError(f"select must be 'all', 'skip-only' or 'no-skip', got {select!r}.")
-        if not isinstance(budget, Budget):
-            raise BudgetError(
-                f"Expected a budget, such as MACs(0.5), Params(0.5), Channels(100) or Latency(0.5), got {budget!r}."
-            )
-        if schedule is not None and not isinstance(schedule, Schedule):
-            raise ScheduleError(
-                f"Expected a schedule, such as OneShot(), Gradual(10) or Iterative(100), got {schedule!r}."
-            )
         self.model, self.example_inputs = (model := checked_network(model)), example_inputs
-        self.budget, self.schedule = budget, schedule or OneShot()
-        self.round_to, self.min_channels, self.cut_when = rounding_of(round_to, model), min_channels, cut
+        self.budget, self.schedule = checked_budget(budget), checked_schedule(schedule)
+        self.round_to, self.min_channels, self.cut_when = rounding_of(round_to, model), min_channels, checked_cut(cut)
         self.scorer = Scorer(checked_criterion(criterion))
-        self.select, self.divide_by_blocks, self.stages = select, divide_by_blocks, dict(stages or {})
+        self.select, self.stages = checked_selection(select), dict(stages or {})
         self.isomorphic, self.parts = isomorphic, checked_parts(parts)
         if isomorphic and self.stages:
             raise BudgetError("Expected stages or isomorphic, got both: each says which groups lose the same fraction.")
+        self.divide_by_blocks = divide_by_blocks
         if divide_by_blocks and self.scorer.is_ranking:
             raise CriterionError(
                 f"divide_by_blocks divides scores, and {self.scorer} gives an order of removal: leave one of them out."
@@ -159,8 +134,6 @@ class ChannelPruner:
         self.optimizer, self.ema = optimizer, None if ema is None else average_of(model, ema)
         self._state: Any = None
         self._earlier: PruningPlan | None = getattr(model, "pruning_plan", None)
-        if isinstance(budget, Layers):
-            raise BudgetError(f"{budget} counts whole blocks, and channels leave: plan with plan_layers.")
         self.meter = LatencyMeter(model, self._inputs(), budget) if isinstance(budget, Latency) else None
         groups = find_groups(model, self._inputs(), ignore=ignore, keep_host=self.scorer.foreign, parts=self.parts)
         self._take(sound_groups(model, groups, self._inputs()))

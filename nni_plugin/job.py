@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from nni_plugin.adapters.models import create_model
 from nni_plugin.adapters.training import TrainingConfig
 from nni_plugin.budgets import Budget
-from nni_plugin.channel_pruner import Selection
+from nni_plugin.checks import Selection
 from nni_plugin.cost import count
 from nni_plugin.errors import ModelError, TrainingError
 from nni_plugin.layers.candidates import Candidates

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from nni_plugin.budgets import Budget
-from nni_plugin.channel_pruner import ChannelPruner, Selection, checked_criterion
+from nni_plugin.channel_pruner import ChannelPruner
+from nni_plugin.checks import Selection, checked_criterion
 from nni_plugin.compensation import reestimate_batchnorm
 from nni_plugin.criteria.base import Criterion
 from nni_plugin.criteria.rerun import RandomState

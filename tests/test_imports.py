@@ -31,6 +31,9 @@ FLOORS = (
             "cost",
             "latency",
             "renumbering",
+            "described",
+            "sample_inputs",
+            "wrappers",
         }
     ),
     frozenset({"groups"}),
@@ -41,7 +44,7 @@ FLOORS = (
     frozenset({"criteria"}),
     frozenset({"budgets"}),
     frozenset({"selection", "stages", "slim_cost", "slim_latency", "knapsack", "schedules", "scorer", "live_plan"}),
-    frozenset({"latency_budget", "budget_fit"}),
+    frozenset({"latency_budget", "budget_fit", "checks"}),
     frozenset({"layers", "side_by_side"}),
     frozenset({"adapters"}),
     frozenset({"channel_pruner", "methods"}),

@@ -8,15 +8,13 @@ performance network reads.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Literal
 
 import torch
 from torch import Tensor
 
+from nni_plugin.checks import Selection
 from nni_plugin.errors import GraphError
 from nni_plugin.groups import ChannelGroup
-
-Selection = Literal["no-skip", "skip-only", "all"]
 
 
 class ArchitectureLayout:

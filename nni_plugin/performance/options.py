@@ -10,8 +10,8 @@ import math
 from dataclasses import dataclass, fields
 from typing import Literal
 
+from nni_plugin.checks import Selection
 from nni_plugin.errors import SearchError
-from nni_plugin.performance.architecture import Selection
 
 Mode = Literal["full", "gates-only", "linear"]
 
