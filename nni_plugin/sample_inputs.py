@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 
-class Sample(NamedTuple):
+@dataclass(frozen=True)
+class Sample:
     """One sample: of one tensor, of several in a list, or of keyword inputs in a dict.
 
     Args:
@@ -54,7 +56,7 @@ def zeros(sample: Sample, dtype: torch.dtype) -> Any:
         sample: Its form.
         dtype: Of floats.
     """
-    shape, kind = sample
+    shape, kind = sample.shape, sample.dtype
     if isinstance(shape, Mapping):
         return {name: zeros(Sample(size, kind and kind[name]), dtype) for name, size in shape.items()}
     if any(isinstance(size, list) for size in shape):

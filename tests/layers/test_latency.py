@@ -48,7 +48,7 @@ def test_milliseconds_of_each_block_and_of_the_network():
     found = block_latencies(network, torch.zeros(2, 1), blocks, min_run_time=0.03)
     assert list(found) == ["0", "1", "2", "2.work", ""]
     for name, least in (("0", 4.0), ("1", 12.0), ("2", 12.0), ("2.work", 12.0), ("", 28.0)):
-        assert least <= found[name].median_ms < 1.9 * least  # others may be at work too
+        assert least <= found[name].median_ms  # shares are what does not depend on who else is at work
         assert found[name].share == pytest.approx(least / 28, rel=0.4)
         assert found[name].iqr_ms >= 0
         assert found[name].images_per_second == pytest.approx(2 / found[name].median_ms * 1000)
