@@ -262,11 +262,11 @@ class _LowRank(_Inverse):
         self.ridge = ridge
         self.rows = gradients.new_empty(gradients.shape[::-1], dtype=dtype)
         self.solved = torch.empty_like(self.rows)
+        self._dots = gradients.new_empty(len(self.rows), dtype=torch.float64)  # of each gate's two rows
         for at, part in _parts(gradients):
             self.rows[at] = part.T.to(dtype)
             self.solved[at] = torch.cholesky_solve(part, factor).T.to(dtype)
-        # Rank-one corrections of both by chunks: see `remove`.
-        self._dots: Tensor = torch.linalg.vecdot(self.rows, self.solved).double()
+            self._dots[at] = torch.linalg.vecdot(self.rows[at], self.solved[at]).double()
 
     def diagonal(self) -> Tensor:
         return ((1 - self._dots) / self.ridge).clamp_min(1e-12 / self.ridge)
@@ -289,7 +289,7 @@ class _LowRank(_Inverse):
             to = slice(done * PART, done * PART + len(part))
             self.rows[to] = self.rows[part]
             self.solved[to] = torch.addmm(solved := self.solved[part], solved @ rows.T, pushed)
-            self._dots[to] = torch.linalg.vecdot(self.rows[to], self.solved[to])
+            self._dots[to] = torch.linalg.vecdot(self.rows[to], self.solved[to]).double()
         left = int(stays.sum())
         self.rows, self.solved, self._dots = self.rows[:left], self.solved[:left], self._dots[:left]
 
