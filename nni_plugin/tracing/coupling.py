@@ -72,7 +72,7 @@ def unreached(model: nn.Module, inputs: Any) -> list[str]:
     trace.run(inputs)
     if trace.unmet:
         trace.run_as_trained(inputs)
-    return list(dict.fromkeys(name.rpartition(".")[0] for name in trace.unmet))
+    return list(dict.fromkeys(name.rpartition(".")[0] or name for name in trace.unmet))
 
 
 def _drop_dead_ends(trace: Trace, ends: Iterable[Step | None]) -> None:
