@@ -33,13 +33,12 @@ from nni_plugin.adapters.torch_pruning import (
 from nni_plugin.budget_fit import BudgetFit
 from nni_plugin.budgets import Budget, Latency, Size
 from nni_plugin.checks import (
-    Cut,
+    CutWhen,
     Selection,
     checked_budget,
+    checked_choice,
     checked_criterion,
-    checked_cut,
     checked_schedule,
-    checked_selection,
 )
 from nni_plugin.compensation import fold_factors
 from nni_plugin.cost import on_device_of
@@ -113,15 +112,17 @@ class ChannelPruner:
         stages: Mapping[str, float] | None = None,
         isomorphic: bool = False,
         parts: Collection[str] = DEFAULT_PARTS,
-        cut: Cut = "end",
+        cut: CutWhen = "end",
         optimizer: torch.optim.Optimizer | None = None,
         ema: nn.Module | None = None,
     ) -> None:
         self.model, self.example_inputs = (model := checked_network(model)), example_inputs
         self.budget, self.schedule = checked_budget(budget), checked_schedule(schedule)
-        self.round_to, self.min_channels, self.cut_when = rounding_of(round_to, model), min_channels, checked_cut(cut)
+        self.round_to, self.min_channels = rounding_of(round_to, model), min_channels
+        self.cut_when: CutWhen = checked_choice("cut", cut, CutWhen, ScheduleError)
         self.scorer = Scorer(checked_criterion(criterion))
-        self.select, self.stages = checked_selection(select), dict(stages or {})
+        self.select: Selection = checked_choice("select", select, Selection, GraphError)
+        self.stages = dict(stages or {})
         self.isomorphic, self.parts = isomorphic, checked_parts(parts)
         if isomorphic and self.stages:
             raise BudgetError("Expected stages or isomorphic, got both: each says which groups lose the same fraction.")

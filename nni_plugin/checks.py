@@ -6,14 +6,14 @@ from typing import Any, Literal, get_args
 
 from nni_plugin.budgets import Budget, Layers
 from nni_plugin.criteria.base import Criterion
-from nni_plugin.errors import BudgetError, CriterionError, GraphError, ScheduleError
+from nni_plugin.errors import BudgetError, CriterionError, NNIPluginError, ScheduleError
 from nni_plugin.schedules import OneShot, Schedule
 from nni_plugin.scorer import ForeignCriterion
 
 Selection = Literal["all", "skip-only", "no-skip"]
 """Which groups may be pruned: all, those that residual additions couple across blocks, or the others."""
 
-Cut = Literal["end", "step", "never"]
+CutWhen = Literal["end", "step", "never"]
 """When channels leave the network physically."""
 
 
@@ -66,23 +66,16 @@ def checked_schedule(schedule: Any) -> Schedule:
     return schedule
 
 
-def checked_cut(cut: Any) -> Cut:
-    """Return when to cut as it is.
+def checked_choice(name: str, value: Any, choices: Any, error: type[NNIPluginError]) -> Any:
+    """Return one of several words as it is.
 
-    Raises:
-        ScheduleError: It is none of `Cut`.
+    Args:
+        name: Of the argument.
+        value: What was given.
+        choices: `Selection` or `CutWhen`.
+        error: What is raised for another.
     """
-    if cut not in get_args(Cut):
-        raise ScheduleError(f"cut must be 'end', 'step' or 'never', got {cut!r}.")
-    return cut  # type: ignore[no-any-return]
-
-
-def checked_selection(select: Any) -> Selection:
-    """Return which groups may be pruned as it is.
-
-    Raises:
-        GraphError: It is none of `Selection`.
-    """
-    if select not in get_args(Selection):
-        raise GraphError(f"select must be 'all', 'skip-only' or 'no-skip', got {select!r}.")
-    return select  # type: ignore[no-any-return]
+    words = get_args(choices)
+    if value not in words:
+        raise error(f"{name} must be {', '.join(map(repr, words[:-1]))} or {words[-1]!r}, got {value!r}.")
+    return value

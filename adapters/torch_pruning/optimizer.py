@@ -80,10 +80,12 @@ def _forgotten(optimizer: Optimizer) -> int:
     if not isinstance(optimizer, LBFGS):
         return 0
     optimizer._params = optimizer.param_groups[0]["params"]
+    stepped: int | None = vars(optimizer)["_numel_cache"]
+    if stepped in (None, sum(parameter.numel() for parameter in optimizer._params)):
+        return 0  # has not stepped, or has been carried already
     optimizer._numel_cache = None
-    had = bool(optimizer.state)
     optimizer.state.clear()
-    return len(optimizer._params) if had else 0
+    return len(optimizer._params)
 
 
 def _carried(states: MutableMapping[Tensor, Any], parameter: Tensor, cut: Cut) -> bool:

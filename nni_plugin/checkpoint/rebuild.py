@@ -60,7 +60,8 @@ def rebuild(
                 )
         network.eval()
         if plan is not None:
-            assert sample is not None  # as read and saved with one
+            if sample is None:
+                raise CheckpointError("Expected the shape of one sample beside the plan, got none; save it again.")
             if plan.model is not None and identity.library != "custom" and _name(plan.model) != _name(identity):
                 raise CheckpointError(
                     f"Expected a plan for {_name(identity)}, got one for another model, {_name(plan.model)}; {todo}."

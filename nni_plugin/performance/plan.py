@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from nni_plugin.adapters.torch_pruning import cut_channels, find_groups, sound_groups, verify
+from nni_plugin.adapters.torch_pruning import cut_channels, find_groups, sound_groups, verify, warn_of_unreached
 from nni_plugin.budgets import MACs, Params, Size
 from nni_plugin.cost import count, on_device_of
 from nni_plugin.errors import BudgetError, SurgeryError
@@ -80,6 +80,7 @@ class PerformancePlanner:
         self._asked = {"budget": repr(budget), **self._rounding}
         found = find_groups(model, self.example_inputs, ignore=ignore)
         self._all_groups = sound_groups(model, found, self.example_inputs)
+        warn_of_unreached(model, self.example_inputs)
         self.groups = sound_gates(model, gated_groups(self._all_groups, options.select), self.example_inputs)
         layout = ArchitectureLayout(self.groups, next(model.parameters()).device)
         self.cost = ArchitectureCost(model, self.example_inputs, layout)
@@ -146,6 +147,7 @@ class PerformancePlanner:
         gates = self.search.gates
         values = {name: vector + gates.offset for name, vector in gates.vectors().items()}
         ranges = {name: (float(value.min()), float(value.max())) for name, value in values.items()}
+        whole = {group.name: group.fixed for group in self._all_groups if group.fixed is not None}
         provenance = {
             "method": _METHODS[self.search.options.mode],
             "options": asdict(self.search.options),
@@ -154,6 +156,7 @@ class PerformancePlanner:
             "p": self.search.target.p,
             "chosen": choice.source,
             "held_out_accuracy": choice.accuracy,
+            **({"whole": whole} if whole else {}),
         }
         identity = getattr(self.model, "nni_plugin_identity", None)
         return live.whole(ranges, self.cost.dense, size, identity, provenance)

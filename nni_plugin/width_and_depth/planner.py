@@ -26,6 +26,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from nni_plugin.adapters.torch_pruning import warn_of_unreached
 from nni_plugin.budgets import Latency, MACs, Params
 from nni_plugin.cost import count, on_device_of
 from nni_plugin.errors import BudgetError, CriterionError, ScheduleError
@@ -91,6 +92,7 @@ def plan_jointly(
         raise CriterionError("batches can be gone through only once: give a list or a loader. The model is unchanged.")
     example_inputs = on_device_of(model, example_inputs)
     limits = Limits.of(model, candidates, ignore, min_channels, round_to)
+    warn_of_unreached(model, example_inputs)
     with torch.enable_grad(), torch.random.fork_rng(devices=[]):  # a loader may draw when it is gone through
         goal = Goal(budget, model, example_inputs)
         goal.check(model, limits)

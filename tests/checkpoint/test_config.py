@@ -113,7 +113,7 @@ NESTED = json.loads("[" * 500 + "]" * 500)
         (_set("plan", "model", "name", to="resnet56"), "another model"),
         (_set("plan", "model", to=5), "Damaged plan"),
         # Input shape.
-        (_set("input_shape", to=None), "cannot be rebuilt"),
+        (_set("input_shape", to=None), "Expected the shape of one sample"),
         (_set("input_dtype", to="os"), "Expected a dtype of inputs"),
         (_set("input_dtype", to=["int64"]), "cannot be rebuilt"),
         (_set("input_shape", to=[3, 10**6, 10**6]), "input shape.*at most"),

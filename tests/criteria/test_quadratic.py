@@ -103,18 +103,17 @@ def test_one_chunk_of_all_gates_is_the_order_of_single_steps(low_rank: bool, mon
 
 @pytest.mark.parametrize("low_rank", [False, True])
 @pytest.mark.parametrize("samples", [20, 90])
-@pytest.mark.parametrize("damping", [LEAST_DAMPING, 1e-5])
 def test_gates_that_say_the_same_are_put_in_order_without_damping_to_speak_of(
-    low_rank: bool, samples: int, damping: float, monkeypatch: pytest.MonkeyPatch
+    low_rank: bool, samples: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if low_rank:
         monkeypatch.setattr(quadratic, "DENSE", 0)
     rows = gradients(samples, 15, seed=5).repeat(1, 4)
     rows[::7] *= 30  # few samples far above the others
-    order = quadratic.removal_order(rows, damping, chunk=60)
+    order = quadratic.removal_order(rows, LEAST_DAMPING, chunk=60)
     assert sorted(order.tolist()) == list(range(60))
-    first = order[:15].remainder(15)
-    assert len(set(first.tolist())) >= 11  # a twin that stays makes the first of a kind free, the last of it dear
+    # With a twin that stays a gate is free, the last of a kind is not.
+    assert sorted(order[45:].remainder(15).tolist()) == list(range(15))
 
 
 def test_updates_part_by_part_are_those_of_all_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
