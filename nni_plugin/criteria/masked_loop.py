@@ -6,7 +6,7 @@ costs one full forward pass.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -59,10 +59,3 @@ def _zeroing(member: Member, channel: int, reached: set[str]) -> Any:
         return ((x, *args[1:]), kwargs) if args else ((), {**kwargs, "input": x})
 
     return hook
-
-
-def all_channels(groups: Sequence[ChannelGroup]) -> Iterator[tuple[ChannelGroup, int]]:
-    """Yield every channel of every group."""
-    for group in groups:
-        for channel in range(group.width):
-            yield group, channel

@@ -159,12 +159,6 @@ def pools_of(blocs: Iterable[Bloc]) -> dict[str, list[Bloc]]:
     return pools
 
 
-def pool_ratio(blocs: Sequence[Bloc], removed: Mapping[str, Tensor]) -> float:
-    """Return which share of the weights of some blocs goes."""
-    total = sum(float(bloc.weights.sum()) for bloc in blocs)
-    return sum(float(bloc.weights[removed[bloc.name]].sum()) for bloc in blocs) / max(total, 1.0)
-
-
 def _queue(bloc: Bloc, scores: Tensor, gone: Tensor | None) -> _Queue:
     units = int(bloc.unit.max()) + 1
     score = torch.zeros(units, dtype=torch.float64).index_add_(0, bloc.unit, scores.double())
