@@ -26,10 +26,11 @@ from nni_plugin.adapters.data import create_loaders
 from nni_plugin.adapters.experiment import CANCELED, Request, Running, Trial, command_line, runs_here, started
 from nni_plugin.adapters.training import evaluate
 from nni_plugin.errors import ExperimentError
-from nni_plugin.job import Job, network_of
+from nni_plugin.job import Job
 from nni_plugin.job_plans import check_job, method_of
 from nni_plugin.job_steps import pretrain
 from nni_plugin.machine import usable_device
+from nni_plugin.network_job import network_of
 from nni_plugin.search_space import with_parameters
 from nni_plugin.workspace import workspace
 

@@ -2,44 +2,27 @@
 
 from __future__ import annotations
 
-import json
 import math
-import warnings
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from dataclasses import KW_ONLY, dataclass, field
 from typing import Any, Literal
 
-import torch
-from torch import Tensor, nn
-
-from nni_plugin.adapters.models import create_model
 from nni_plugin.adapters.training import TrainingConfig
 from nni_plugin.budgets import Budget
 from nni_plugin.checks import Selection
-from nni_plugin.cost import count
-from nni_plugin.errors import ModelError, TrainingError
+from nni_plugin.errors import TrainingError
 from nni_plugin.layers.candidates import Candidates
+from nni_plugin.network_job import NetworkJob
 from nni_plugin.parts import DEFAULT_PARTS
 from nni_plugin.schedules import Continuous, Iterative, OneShot, Schedule
 
 
 @dataclass(frozen=True)
-class Job:
-    """What to prune, how, and where to put it; the fields are the command line's flags.
+class Job(NetworkJob):
+    """What to prune, how, and where to put it; the fields are those of :class:`NetworkJob` and these.
 
     Args:
-        model: Name of the model in its library.
-        output: Folder for the results.
         budget: What the result may cost.
-        library: `"timm"`, `"torchvision"` or `"nni_plugin"`.
-        model_kwargs: Further arguments of the model's builder.
-        checkpoint: Weights to start from.
-        pretrained: Start from the library's published weights.
-        dataset: See `adapters.data.create_loaders`.
-        data_dir: Folder of the data.
-        data_kwargs: Further arguments of `create_loaders` (batch size, image size, ...); what a model of timm wants
-            pictures to be is in `adapters.models.picture_format`.
         method: See `methods.METHODS`.
         schedule: `"one-shot"`, `"iterative"` or `"continuous"`.
         prune_channels: Channels removed in a step; None: so many that pruning is over in the first half of training.
@@ -67,23 +50,12 @@ class Job:
         reconstruct: After one-shot pruning solve each layer's weights anew so that it gives what it gave in the dense
             network; None: for `obs`.
         reestimate: Estimate the statistics of batch normalisations anew after pruning without training.
-        pretrain: Training of the dense network; its `epochs` may be 0.
         finetune: Training of the pruned network (while it is pruned, unless one-shot).
         latency_batch_sizes: Batch sizes to measure the latency at.
-        device: Where to run; None takes the best there is.
-        seed: Of weights and data order; the training configurations have their own.
     """
 
-    model: str
-    output: Path
     budget: Budget
-    library: Literal["timm", "torchvision", "nni_plugin"] = "timm"
-    model_kwargs: Mapping[str, Any] = field(default_factory=dict)
-    checkpoint: Path | None = None
-    pretrained: bool = False
-    dataset: str = "digits"
-    data_dir: Path | None = None
-    data_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    _: KW_ONLY
     method: str = "taylor-fo"
     schedule: Literal["one-shot", "iterative", "continuous"] = "one-shot"
     prune_channels: int | None = None
@@ -105,57 +77,13 @@ class Job:
     parts: tuple[str, ...] = DEFAULT_PARTS
     reconstruct: bool | None = None
     reestimate: bool = False
-    pretrain: TrainingConfig = field(default_factory=lambda: TrainingConfig(epochs=0))
     finetune: TrainingConfig = field(default_factory=lambda: TrainingConfig(epochs=0))
     latency_batch_sizes: tuple[int, ...] = (1, 64)
-    device: str | None = None
-    seed: int = 0
 
-    def settings(self) -> dict[str, Any]:
-        """Return what decides the outcome, as JSON values; what a resumed run must share."""
-        values = asdict(self)
-        for name in ("output", "latency_batch_sizes"):
-            del values[name]
-        # A run may go on with other processes: batches do not depend on their number.
-        values["data_kwargs"].pop("num_workers", None)
-        for training in (values["pretrain"], values["finetune"]):
-            del training["checkpoint_every"]
-        values["budget"] = repr(self.budget)
-        settings: dict[str, Any] = json.loads(json.dumps(values, default=str))
-        return settings
-
-
-def network_of(job: Any, splits: Any, device: torch.device) -> tuple[nn.Module, Tensor]:
-    """Build a job's network for its data; returns it and four images that it has taken.
-
-    Args:
-        job: A :class:`Job`, or another with its fields that name a network and its training.
-        splits: The data.
-        device: Where the network goes.
-
-    Raises:
-        ModelError: There is no such model, its weights do not fit, or it does not take images of this size.
-    """
-    model = create_model(
-        job.model,
-        job.library,
-        num_classes=splits.num_classes,
-        in_chans=splits.input_shape[0],
-        pretrained=job.pretrained,
-        checkpoint=job.checkpoint,
-        **job.model_kwargs,
-    ).to(device)
-    if not (job.checkpoint or job.pretrained or job.pretrain.epochs):
-        warnings.warn(
-            "The network has random weights: give --checkpoint, --pretrained or --pretrain-epochs.", stacklevel=5
-        )
-    examples: Tensor = next(iter(splits.score))[0][:4].to(device)
-    try:
-        count(model, examples)
-    except ModelError as error:
-        shape = " x ".join(str(size) for size in splits.input_shape)
-        raise ModelError(f"{job.model} does not take images of {shape}; choose --img-size. {error}") from error
-    return model, examples
+    def _values(self) -> dict[str, Any]:
+        values = {**super()._values(), "budget": repr(self.budget)}
+        del values["latency_batch_sizes"], values["finetune"]["checkpoint_every"]
+        return values
 
 
 def schedule_of(job: Job, steps: int, channels: int) -> Schedule:

@@ -29,10 +29,11 @@ from nni_plugin.cost import count
 from nni_plugin.criteria.ablation import cross_entropy
 from nni_plugin.errors import OutputError, PlanError, SurgeryError
 from nni_plugin.filter_norms import restore_filter_norms
-from nni_plugin.job import Job, network_of, schedule_of
+from nni_plugin.job import Job, schedule_of
 from nni_plugin.job_plans import Planned, check_job, make_plan, method_of, pruner_of
 from nni_plugin.job_steps import FirstBatches, before_and_after, pretrain
 from nni_plugin.machine import describe_machine, usable_device
+from nni_plugin.network_job import network_of
 from nni_plugin.plan import PruningPlan
 from nni_plugin.planner import run_without_training
 from nni_plugin.reconstruction import reconstruct

@@ -64,6 +64,7 @@ FLOORS = (
     frozenset(
         {
             "pruners",
+            "network_job",
             "job",
             "search_plans",
             "job_plans",

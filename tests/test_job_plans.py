@@ -33,7 +33,7 @@ def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def _job(output: Any, **changes: Any) -> Job:
-    basis = Job("resnet20", output, MACs(0.5), "nni_plugin", data_kwargs=DATA, latency_batch_sizes=(1,))
+    basis = Job("resnet20", output, MACs(0.5), library="nni_plugin", data_kwargs=DATA, latency_batch_sizes=(1,))
     return dataclasses.replace(basis, pretrain=TrainingConfig(1), score_batches=5, **changes)
 
 

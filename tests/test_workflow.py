@@ -29,7 +29,7 @@ def _quick(monkeypatch):
 
 
 def _job(output, **changes):
-    basis = Job("resnet20", output, MACs(0.5), "nni_plugin", data_kwargs=DATA, latency_batch_sizes=(1,))
+    basis = Job("resnet20", output, MACs(0.5), library="nni_plugin", data_kwargs=DATA, latency_batch_sizes=(1,))
     return dataclasses.replace(basis, pretrain=TrainingConfig(1), score_batches=2, **changes)
 
 

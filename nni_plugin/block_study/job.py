@@ -7,20 +7,18 @@ state is saved after every step, and a run that is killed goes on from there.
 
 from __future__ import annotations
 
-import json
 import time
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
-from typing import Any, Literal
+from dataclasses import KW_ONLY, asdict, dataclass
+from typing import Any
 
 import torch
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from nni_plugin.adapters.data import create_loaders
-from nni_plugin.adapters.training import TrainingConfig, evaluate
+from nni_plugin.adapters.training import evaluate
 from nni_plugin.adapters.training.checkpoint import read_checkpoint, write_checkpoint
 from nni_plugin.adapters.training.evaluate import show_progress
 from nni_plugin.block_study.results import agreements, rows_of, write_results
@@ -30,7 +28,6 @@ from nni_plugin.correlation_study.data import FirstImages
 from nni_plugin.cost import count
 from nni_plugin.criteria.ablation import cross_entropy
 from nni_plugin.errors import CriterionError, DataError
-from nni_plugin.job import network_of
 from nni_plugin.job_steps import pretrain
 from nni_plugin.layers import LayerImportance
 from nni_plugin.layers.blocks import find_blocks
@@ -38,6 +35,7 @@ from nni_plugin.layers.candidates import Candidates, candidate_blocks
 from nni_plugin.layers.latency import BlockLatency, block_latencies
 from nni_plugin.layers.methods import create_layer_importance
 from nni_plugin.machine import describe_machine, library_versions, usable_device
+from nni_plugin.network_job import NetworkJob, network_of
 from nni_plugin.workspace import Workspace, workspace
 
 CRITERIA = (
@@ -52,56 +50,25 @@ STATISTICS_BATCHES = 10
 
 
 @dataclass(frozen=True)
-class LayersJob:
-    """What to look at; the fields are the command line's flags.
+class LayersJob(NetworkJob):
+    """What to look at; the fields are those of :class:`NetworkJob` and these.
 
     Args:
-        model: Name of the model in its library.
-        output: Folder for the results.
-        library: `"timm"`, `"torchvision"` or `"nni_plugin"`.
-        model_kwargs: Further arguments of the model's builder.
-        checkpoint: Weights to start from.
-        pretrained: Start from the library's published weights.
-        dataset: See `adapters.data.create_loaders`.
-        data_dir: Folder of the data.
-        data_kwargs: Further arguments of `create_loaders` (batch size, image size, ...).
         criteria: Layer importances, see `layers.methods.LAYER_METHODS`.
         candidates: Of blocks inside blocks the `"outermost"`, the `"innermost"` or `"all"`.
         score_batches: Minibatches that importances see; None takes all training data that are not held out, once.
         held_out: Share of the training images held out, in (0, 1).
         removal_images: Held-out images on which the network is measured without each block; 0 for none.
         latency_batch_sizes: Batch sizes to measure the latency at.
-        pretrain: Training of the network first; its `epochs` may be 0.
-        device: Where to run; None takes the best there is.
-        seed: Of weights, data order and random scores.
     """
 
-    model: str
-    output: Path
-    library: Literal["timm", "torchvision", "nni_plugin"] = "timm"
-    model_kwargs: Mapping[str, Any] = field(default_factory=dict)
-    checkpoint: Path | None = None
-    pretrained: bool = False
-    dataset: str = "digits"
-    data_dir: Path | None = None
-    data_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    _: KW_ONLY
     criteria: tuple[str, ...] = CRITERIA
     candidates: Candidates = "outermost"
     score_batches: int | None = None
     held_out: float = 0.1
     removal_images: int = 1000
     latency_batch_sizes: tuple[int, ...] = (1, 64)
-    pretrain: TrainingConfig = field(default_factory=lambda: TrainingConfig(epochs=0))
-    device: str | None = None
-    seed: int = 0
-
-    def settings(self) -> dict[str, Any]:
-        """Return what decides the outcome, as JSON values; what a resumed run must share."""
-        values = asdict(self)
-        del values["output"], values["pretrain"]["checkpoint_every"]
-        values["data_kwargs"].pop("num_workers", None)
-        settings: dict[str, Any] = json.loads(json.dumps(values, default=str))
-        return settings
 
 
 def run_layers(

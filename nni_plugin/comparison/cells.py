@@ -28,10 +28,11 @@ from nni_plugin.comparison.job import DENSE, Cell, ComparisonJob
 from nni_plugin.comparison.latency_target import macs_at_latency
 from nni_plugin.compensation import reestimate_batchnorm
 from nni_plugin.criteria.ablation import cross_entropy
-from nni_plugin.job import Job, network_of
+from nni_plugin.job import Job
 from nni_plugin.job_plans import check_job, method_of
 from nni_plugin.job_steps import FirstBatches, before_and_after, pretrain
 from nni_plugin.machine import describe_machine, usable_device
+from nni_plugin.network_job import network_of
 from nni_plugin.workflow import run_job
 from nni_plugin.workspace import STATE, workspace, write_file
 

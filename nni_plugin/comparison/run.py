@@ -31,8 +31,8 @@ from nni_plugin.comparison.report import RESULTS, write_results
 from nni_plugin.comparison.results import Row, row_of, to_csv
 from nni_plugin.comparison.store import NOT_ASKED, Outcome, Store, without_password
 from nni_plugin.errors import OutputError, TrainingError
-from nni_plugin.job import network_of
 from nni_plugin.machine import describe_machine, usable_device
+from nni_plugin.network_job import network_of
 from nni_plugin.workspace import other_settings, write_file
 
 READY, SETTINGS = "ready", "settings.json"

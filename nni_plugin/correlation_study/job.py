@@ -12,19 +12,17 @@ run that is killed goes on from there.
 from __future__ import annotations
 
 import importlib.metadata
-import json
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import KW_ONLY, dataclass
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
 from nni_plugin.adapters.torch_pruning import find_groups, sound_groups
-from nni_plugin.adapters.training import TrainingConfig, evaluate
+from nni_plugin.adapters.training import evaluate
 from nni_plugin.adapters.training.checkpoint import read_checkpoint, write_checkpoint
 from nni_plugin.correlation_study.data import FirstImages, open_images
 from nni_plugin.correlation_study.results import Measured, Scored, Scores, agreement, json_value, row_of, write_results
@@ -32,10 +30,10 @@ from nni_plugin.criteria import Criterion, Oracle
 from nni_plugin.criteria.ablation import cross_entropy
 from nni_plugin.errors import CriterionError, GraphError
 from nni_plugin.groups import ChannelGroup
-from nni_plugin.job import network_of
 from nni_plugin.job_steps import pretrain
 from nni_plugin.machine import describe_machine, usable_device
 from nni_plugin.methods import create_criterion, known_methods
+from nni_plugin.network_job import NetworkJob, network_of
 from nni_plugin.planner import score_groups, unchanged
 from nni_plugin.workspace import Workspace, workspace
 
@@ -44,56 +42,28 @@ _HOST_ERRORS = (ArithmeticError, AssertionError, AttributeError, LookupError, Ru
 
 
 @dataclass(frozen=True)
-class CorrelationJob:
-    """What to compare, on what; the fields are the command line's flags.
+class CorrelationJob(NetworkJob):
+    """What to compare, on what; the fields are those of :class:`NetworkJob` and these.
 
     Args:
-        model: Name of the model in its library.
-        output: Folder for the results.
-        library: `"timm"`, `"torchvision"` or `"nni_plugin"`.
-        model_kwargs: Further arguments of the model's builder.
-        checkpoint: Weights to start from.
-        pretrained: Start from the library's published weights.
-        dataset: See `adapters.data.create_loaders`.
-        data_dir: Folder of the data.
-        data_kwargs: Further arguments of `create_loaders` (batch size, image size, ...).
         methods: Criteria to compare, see `methods.known_methods`; None takes all whose library is installed.
         images: Training images that the criteria and the Oracle see, at least 1.
         held_out_images: Images kept away from training and criteria, that the Oracle alone sees; 0 for none.
         held_out_from: Where those come from; `"test"` for a network that has seen all training images.
         channels_per_group: The Oracle judges at most so many channels of each group, drawn at random; None: all.
         ignore: Layers to leave whole, by name.
-        pretrain: Training of the network first; its `epochs` may be 0.
-        device: Where to run; None takes the best there is.
-        seed: Of weights, data order and random scores.
     """
 
-    model: str
-    output: Path
-    library: Literal["timm", "torchvision", "nni_plugin"] = "timm"
-    model_kwargs: Mapping[str, Any] = field(default_factory=dict)
-    checkpoint: Path | None = None
-    pretrained: bool = False
-    dataset: str = "digits"
-    data_dir: Path | None = None
-    data_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    _: KW_ONLY
     methods: tuple[str, ...] | None = None
     images: int = 2000
     held_out_images: int = 1000
     held_out_from: Literal["train", "test"] = "train"
     channels_per_group: int | None = None
     ignore: tuple[str, ...] = ()
-    pretrain: TrainingConfig = field(default_factory=lambda: TrainingConfig(epochs=0))
-    device: str | None = None
-    seed: int = 0
 
-    def settings(self) -> dict[str, Any]:
-        """Return what decides the outcome, as JSON values; what a resumed run must share."""
-        values = {**asdict(self), "methods": self.chosen()}
-        del values["output"], values["pretrain"]["checkpoint_every"]
-        values["data_kwargs"].pop("num_workers", None)
-        settings: dict[str, Any] = json.loads(json.dumps(values, default=str))
-        return settings
+    def _values(self) -> dict[str, Any]:
+        return {**super()._values(), "methods": self.chosen()}
 
     def chosen(self) -> tuple[str, ...]:
         """Return the criteria to compare, each once."""

@@ -23,7 +23,7 @@ def job_of(output: Path, **changes: Any) -> Job:
         "resnet20",
         output,
         MACs(0.5),
-        "nni_plugin",
+        library="nni_plugin",
         method="nppm",
         model_kwargs={"width_mult": 0.5},
         data_kwargs=DATA,
