@@ -2,7 +2,8 @@
 
 Fang et al., CVPR 2023 (DepGraph). All channels of the network are ranked together (`global_pruning`), all of them may
 go (`pruning_ratio=1`) in 400 small steps, the classifier is ignored, the network is in eval mode, and it is stepped
-until it is small enough; scores are computed anew at every step. What its benchmark leaves open:
+until it is small enough; scores are computed anew at every step. The ending of a method's name says what else it can
+rank together, see `RANKINGS`. What its benchmark leaves open:
 
     gradients   of `tp:taylor` and `tp:hessian` are added up over the minibatches once, before the first step, as in
                 its examples for transformers; Torch-Pruning slices them along with the weights
@@ -37,6 +38,18 @@ PRUNERS: dict[str, Callable[..., Any]] = {
 }
 """Those with a class of their own; the others are called through `BasePruner`, once called MagnitudePruner."""
 
+RANKINGS: dict[str, dict[str, bool]] = {
+    "": {"global_pruning": True, "isomorphic": False},
+    "-isomorphic": {"global_pruning": True, "isomorphic": True},
+    "-local": {"global_pruning": False, "isomorphic": False},
+}
+"""Which channels are ranked together, by the ending of a method's name: all of the network, as in its benchmark; those
+of layers built alike (Fang et al., ECCV 2024, Isomorphic Pruning); those of one layer, as its constructor defaults to.
+"""
+
+METHODS = tuple(name + ending for ending in RANKINGS for name in IMPORTANCES)
+"""Every name that :func:`prune` knows."""
+
 _HOST_ERRORS = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 """What it raises on networks it cannot follow."""
 
@@ -55,12 +68,16 @@ def prune(task: HostTask) -> HostPruned:
         CriterionError: There is no such method.
         SurgeryError: Torch-Pruning fails, or the network does not run after a step.
     """
-    if task.method not in IMPORTANCES:
-        raise CriterionError(f"Unknown method {task.method!r}; Torch-Pruning's are {', '.join(IMPORTANCES)}.")
-    model, importance = task.model.eval(), IMPORTANCES[task.method]()
+    if task.method not in METHODS:
+        raise CriterionError(
+            f"Unknown method {task.method!r}; Torch-Pruning's are {', '.join(IMPORTANCES)}, each also with -isomorphic "
+            "or -local behind it."
+        )
+    name, ranking = _ranking_of(task.method)
+    model, importance = task.model.eval(), IMPORTANCES[name]()
     for parameter in model.parameters():
         parameter.requires_grad_(True)  # layers that are frozen vanish from its graph
-    kind = PRUNERS.get(task.method, tp.pruner.BasePruner)
+    kind = PRUNERS.get(name, tp.pruner.BasePruner)
     gathered = _gather(task, importance)
     spent, step = task.spent(model), 0
     try:
@@ -68,7 +85,7 @@ def prune(task: HostTask) -> HostPruned:
             model,
             task.examples,
             importance=importance,
-            global_pruning=True,
+            **ranking,
             pruning_ratio=1.0,
             iterative_steps=STEPS,
             ignored_layers=[model.get_submodule(path) for path in task.keep],
@@ -92,7 +109,14 @@ def prune(task: HostTask) -> HostPruned:
             f"{task.method}: after all {STEPS} steps Torch-Pruning has kept {task.ratio(spent):.4f} of the "
             f"{task.unit}, {task.budget.ratio:g} was asked. Ask for that at least; the model is unchanged."
         )
-    return HostPruned(model, _settings(task, kind, importance, gathered) | {"steps": step, "ratio": task.ratio(spent)})
+    settings = _settings(task, kind, importance, gathered)
+    return HostPruned(model, {**settings, **ranking, "steps": step, "ratio": task.ratio(spent)})
+
+
+def _ranking_of(method: str) -> tuple[str, dict[str, bool]]:
+    """Return the name of a method's importance, and what its ending asks for."""
+    ending = next(ending for ending in reversed(RANKINGS) if method.endswith(ending))
+    return method.removesuffix(ending), RANKINGS[ending]
 
 
 def _heads(model: nn.Module) -> dict[nn.Module, int]:
@@ -136,7 +160,6 @@ def _settings(task: HostTask, kind: Callable[..., Any], importance: Any, gradien
         "pruner": kind.__name__,
         "importance": scores.__name__,
         "importance_arguments": plain,
-        "global_pruning": True,
         "pruning_ratio": 1.0,
         "iterative_steps": STEPS,
         "ignored_layers": list(task.keep),

@@ -110,6 +110,18 @@ def test_seeds_are_those_of_random() -> None:
     assert any(value.shape != other[name].shape or not torch.equal(value, other[name]) for name, value in first.items())
 
 
+def test_channels_are_ranked_together_as_the_name_ends() -> None:
+    dense = widths(network())
+    whole, alike, alone = (pruned(f"tp:magnitude{ending}") for ending in ("", "-isomorphic", "-local"))
+    for result, together in ((whole, (True, False)), (alike, (True, True)), (alone, (False, False))):
+        assert (result.settings["global_pruning"], result.settings["isomorphic"]) == together
+    # Ranked alone, every layer loses the same share, up to what is less than a channel.
+    left = 1 - alone.settings["steps"] / host_pruner.STEPS
+    assert widths(alone.model) == {path: int(width * left) for path, width in dense.items()}
+    assert len({width / dense[path] for path, width in widths(whole.model).items()}) > 2
+    assert len({str(widths(result.model)) for result in (whole, alike, alone)}) == 3
+
+
 def test_in_eval_mode_too() -> None:
     assert not pruned("tp:magnitude", model=network().eval()).model.training
 
