@@ -6,6 +6,7 @@ to score on, the same short fine-tuning, MACs at three targets, every built-in m
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -198,19 +199,53 @@ def render(result: dict[str, Any]) -> str:
         top1 = {row.seed: row.top1_baseline for row in rows}
         shown = ", ".join(f"{value:.2f}" for _, value in sorted(top1.items()))
         text += ["", f"Dense{of_size}, seeds {', '.join(map(str, sorted(top1)))}: {shown}."]
-        text += ["", "| target | method | top-1 | not fine-tuned | MACs | parameters | latency | s | seeds |"]
-        text += ["|---|---|--:|--:|--:|--:|--:|--:|--:|"]
-        for point in points(rows):
-            ratios = " | ".join(f"{r.mean:.3f}" for r in (point.macs_ratio, point.params_ratio, point.latency_ratio))
-            text.append(
-                f"| {point.target} | `{point.method}` | {point.top1} | {point.top1_before_finetune} | {ratios} | "
-                f"{point.seconds.mean:.0f} | {len(point.seeds)} |"
-            )
+        whole = on_all_seeds(rows)
+        text += ["", *_table(whole)]
         text += ["", "| target | ours | against | points | interval | seeds | |", "|---|---|---|--:|--:|--:|---|"]
-        text += [_line(difference) for difference in differences(rows)]
-        lost = losses(rows)
+        text += [_line(difference) for difference in differences(whole)]
+        lost = losses(whole)
         text += ["", *(f"- {line}" for line in lost)] if lost else []
+        tried = _on_shared_seeds(rows)
+        if tried:
+            seeds = sorted({row.seed for row in tried})
+            text += ["", f"### Every method that was tried, seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}"]
+            text += ["", *_table(tried)]
     return "\n".join(text) + "\n"
+
+
+def on_all_seeds(rows: Sequence[Row]) -> list[Row]:
+    """Return the rows of methods that were run on every seed of a target."""
+    seeds: dict[tuple[str, str | None], set[int]] = {}
+    for row in rows:
+        for key in ((row.target, row.method), (row.target, None)):
+            seeds.setdefault(key, set()).add(row.seed)
+    return [row for row in rows if seeds[row.target, row.method] == seeds[row.target, None]]
+
+
+def _on_shared_seeds(rows: Sequence[Row]) -> list[Row]:
+    """Return all methods, on the seeds that all have, at the targets where some were not run on every seed."""
+    found = []
+    for target in dict.fromkeys(row.target for row in rows):
+        there = [row for row in rows if row.target == target]
+        if len(on_all_seeds(there)) < len(there):
+            of_method: dict[str, set[int]] = {}
+            for row in there:
+                of_method.setdefault(row.method, set()).add(row.seed)
+            shared = set.intersection(*of_method.values())
+            found += [row for row in there if row.seed in shared]
+    return found
+
+
+def _table(rows: Sequence[Row]) -> list[str]:
+    text = ["| target | method | top-1 | not fine-tuned | MACs | parameters | latency | s | seeds |"]
+    text += ["|---|---|--:|--:|--:|--:|--:|--:|--:|"]
+    for point in points(rows):
+        ratios = " | ".join(f"{r.mean:.3f}" for r in (point.macs_ratio, point.params_ratio, point.latency_ratio))
+        text.append(
+            f"| {point.target} | `{point.method}` | {point.top1} | {point.top1_before_finetune} | {ratios} | "
+            f"{point.seconds.mean:.0f} | {len(point.seeds)} |"
+        )
+    return text
 
 
 def summary(result: dict[str, Any]) -> str:
@@ -222,7 +257,7 @@ def summary(result: dict[str, Any]) -> str:
         "|---|--:|" + "--:|" * len(targets),
     ]
     for network, rows in of_network.items():
-        found, best = points(rows), best_of_ours(rows)
+        found, best = points(on_all_seeds(rows)), best_of_ours(on_all_seeds(rows))
         cells = []
         for target in targets:
             pair = (best[target].method, best[target].against) if target in best else ()
@@ -255,7 +290,7 @@ def plot(result: dict[str, Any], path: Path) -> None:
     """Draw accuracy after fine-tuning against MACs, a panel a network."""
     from matplotlib.figure import Figure
 
-    of_network = _rows(result)
+    of_network = {network: on_all_seeds(rows) for network, rows in _rows(result).items()}
     figure = Figure(figsize=(4.2 * len(of_network), 3.6), layout="constrained")
     panels = figure.subplots(1, len(of_network), squeeze=False)[0]
     methods = sorted({row.method for rows in of_network.values() for row in rows}, key=lambda m: (":" in m, m))

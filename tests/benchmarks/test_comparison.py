@@ -77,3 +77,20 @@ def test_the_figure_has_a_panel_for_each_network_that_has_rows(result: dict[str,
     text = (tmp_path / "figure.svg").read_text()
     assert text.count("MACs kept") == len(result["rows"])
     assert "not_run" not in text
+
+
+def test_methods_tried_on_some_seeds_alone_are_shown_beside_the_others_on_those(result: dict[str, Any]) -> None:
+    rows = result["rows"]["resnet56"]
+    first = [row for row in rows if row["seed"] == 0 and row["target"] == "macs=0.5" and row["method"] == "nni:l1"]
+    tried = [{**row, "method": "tp:lamp", "top1": 99.0} for row in first]
+    page = comparison.render({**result, "rows": {"resnet56": [*rows, *tried]}})
+    before = comparison.render({**result, "rows": {"resnet56": rows}})
+    whole, _, extra = page.partition("### Every method that was tried, seed 0\n")
+    assert "### Every" not in before
+    assert [line for line in before.splitlines() if line not in page.splitlines()] == []  # it decides nothing
+    assert "tp:lamp" not in whole
+    lines = [line for line in extra.splitlines() if line.startswith("| macs=")]
+    assert lines[0].startswith("| macs=0.5 | `tp:lamp` | 99.00 |")
+    assert len(lines) == 1 + len({row["method"] for row in rows})
+    own = next(row for row in rows if (row["method"], row["target"], row["seed"]) == ("obs", "macs=0.5", 0))
+    assert f"| macs=0.5 | `obs` | {own['top1']:.2f} | {own['top1_before_finetune']:.2f} |" in extra
