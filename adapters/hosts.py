@@ -20,7 +20,7 @@ from nni_plugin.budgets import Budget, MACs, Params
 from nni_plugin.cost import call, count, on_device_of, tensors_in
 from nni_plugin.errors import BudgetError, CriterionError, DataError
 
-__all__ = ["Batches", "HostPruned", "is_built_in", "output_layers", "through_host"]
+__all__ = ["Batches", "HostPruned", "criterion_of", "is_built_in", "output_layers", "through_host"]
 
 PREFIXES = ("tp:", "nni:")
 
@@ -28,6 +28,20 @@ PREFIXES = ("tp:", "nni:")
 def is_built_in(method: str) -> bool:
     """Tell whether a method's name is one of a host: `"tp:..."` or `"nni:..."`."""
     return method.startswith(PREFIXES)
+
+
+def criterion_of(method: str) -> str:
+    """Return the name of the criterion by which a method scores, whatever it ranks together.
+
+    Example:
+        >>> criterion_of("tp:taylor-local"), criterion_of("taylor-fo")
+        ('tp:taylor', 'taylor-fo')
+    """
+    if not method.startswith("tp:"):
+        return method
+    from nni_plugin.adapters.torch_pruning.host_pruner import importance_and_ranking
+
+    return importance_and_ranking(method)[0]
 
 
 def through_host(

@@ -7,6 +7,7 @@ import os
 import platform
 import re
 import subprocess
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -14,6 +15,7 @@ import torch
 from nni_plugin.errors import TrainingError
 
 _PACKAGES = ("torch", "torchvision", "timm", "torch-pruning", "nni-plugin")
+_OF_A_PLAN = ("nni-plugin", "torch", "torch-pruning", "timm")
 _UNKNOWN = "unknown"
 
 
@@ -34,12 +36,16 @@ def describe_machine() -> dict[str, str]:
         "OS": _operating_system(),
         "Python": f"{platform.python_implementation()} {platform.python_version()}",
     }
-    return description | {name: _version(name) for name in _PACKAGES}
+    return description | library_versions(_PACKAGES)
 
 
-def library_versions() -> dict[str, str]:
-    """Return the versions of the libraries that a plan depends on, by name."""
-    return {name: importlib.metadata.version(name) for name in ("nni-plugin", "torch", "torch-pruning", "timm")}
+def library_versions(names: Iterable[str] = _OF_A_PLAN) -> dict[str, str]:
+    """Return the versions of libraries by name, "not installed" of one that is absent.
+
+    Args:
+        names: Of which; those that a plan depends on if not given.
+    """
+    return {name: _version(name) for name in names}
 
 
 def usable_device(name: str | None = None) -> torch.device:

@@ -73,7 +73,7 @@ def prune(task: HostTask) -> HostPruned:
             f"Unknown method {task.method!r}; Torch-Pruning's are {', '.join(IMPORTANCES)}, each also with -isomorphic "
             "or -local behind it."
         )
-    name, ranking = _ranking_of(task.method)
+    name, ranking = importance_and_ranking(task.method)
     model, importance = task.model.eval(), IMPORTANCES[name]()
     for parameter in model.parameters():
         parameter.requires_grad_(True)  # layers that are frozen vanish from its graph
@@ -113,8 +113,8 @@ def prune(task: HostTask) -> HostPruned:
     return HostPruned(model, {**settings, **ranking, "steps": step, "ratio": task.ratio(spent)})
 
 
-def _ranking_of(method: str) -> tuple[str, dict[str, bool]]:
-    """Return the name of a method's importance, and what its ending asks for."""
+def importance_and_ranking(method: str) -> tuple[str, dict[str, bool]]:
+    """Return the name of a method's importance, and what its ending asks for, see `RANKINGS`."""
     ending = next(ending for ending in reversed(RANKINGS) if method.endswith(ending))
     return method.removesuffix(ending), RANKINGS[ending]
 

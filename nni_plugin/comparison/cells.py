@@ -10,7 +10,7 @@ import json
 import shutil
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from torch import nn
 
 from nni_plugin.adapters.data import create_loaders
 from nni_plugin.adapters.host_task import HostPruned
-from nni_plugin.adapters.hosts import is_built_in, through_host
+from nni_plugin.adapters.hosts import criterion_of, is_built_in, through_host
 from nni_plugin.adapters.training import evaluate, fit
 from nni_plugin.budgets import Budget, Latency, MACs
 from nni_plugin.checkpoint import save_pretrained
@@ -113,7 +113,8 @@ def _run_built_in(job: Job, dense_top1: float) -> dict[str, Any]:
         device = usable_device(job.device)
         dense, examples = network_of(job, splits, device)
         if not isinstance(job.budget, Latency):  # whose check times every layer, for a planner that is not asked here
-            check_job(job, method_of(job), dense, examples)
+            scored = replace(job, method=criterion_of(job.method))
+            check_job(scored, method_of(scored), dense, examples)
         begun = time.perf_counter()
         torch.manual_seed(job.seed)
         batches = FirstBatches(splits.score, device, job.score_batches)

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from nni_plugin.adapters.hosts import criterion_of
 from nni_plugin.adapters.training import TrainingConfig
 from nni_plugin.budgets import Budget, Latency, MACs, Params
 from nni_plugin.errors import BudgetError, ScheduleError
@@ -93,7 +94,7 @@ class ComparisonJob:
                 "they have pruned, and those of other libraries cannot prune while they train."
             )
         for method in self.methods:
-            method_of(replace(self.template, method=method))
+            method_of(replace(self.template, method=criterion_of(method)))
 
     def cells(self) -> list[Cell]:
         """Return every cell once; seeds change fastest, so that processes begin with different dense networks."""

@@ -92,8 +92,7 @@ def render(rows: Sequence[Row], record: Mapping[str, Any], figures: Mapping[str,
         latency_batch_size=record["latency_batch_size"],
         epochs=settings["finetune"]["epochs"],
         processes=max(run["processes"] for run in record["runs"]),
-        machine=record["machine"],
-        versions=record["versions"],
+        machine={**record["machine"], **record["versions"]},
         commands=list(dict.fromkeys(run["command"] for run in record["runs"] if run["command"])),
         rows=[
             (
@@ -173,7 +172,8 @@ def _times(rows: Sequence[Row]) -> list[tuple[str, str]]:
 
 
 def _host(settings: Mapping[str, Any]) -> str:
-    return ", ".join(f"{name} {value}" for name, value in settings.items() if not isinstance(value, (dict, list)))
+    told = {name: value for name, value in settings.items() if not isinstance(value, (dict, list))}
+    return ", ".join(f"{n} {value:.4g}" if isinstance(value, float) else f"{n} {value}" for n, value in told.items())
 
 
 def _epochs(number: int) -> str:

@@ -7,7 +7,6 @@ its own; the first of them keeps the store and writes the results.
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import multiprocessing
 import os
@@ -31,7 +30,7 @@ from nni_plugin.comparison.report import RESULTS, write_results
 from nni_plugin.comparison.results import Row, row_of, to_csv
 from nni_plugin.comparison.store import NOT_ASKED, Outcome, Store, without_password
 from nni_plugin.errors import OutputError, TrainingError
-from nni_plugin.machine import describe_machine, usable_device
+from nni_plugin.machine import describe_machine, library_versions, usable_device
 from nni_plugin.network_job import network_of
 from nni_plugin.workspace import other_settings, write_file
 
@@ -200,7 +199,7 @@ def _record(wanted: ComparisonJob, outcomes: list[Outcome], runs: list[dict[str,
         },
         "latency_batch_size": wanted.template.latency_batch_sizes[0],
         "machine": describe_machine(),
-        "versions": {name: _version(name) for name in ("nni-plugin", "torch-pruning", "nni", "timm")},
+        "versions": library_versions(("nni-plugin", "torch-pruning", "nni", "timm")),
     }
 
 
@@ -212,13 +211,6 @@ def _shared(settings: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Return what all of several settings have in common."""
     first, *others = settings
     return {k: v for k, v in first.items() if all(k in other and other[k] == v for other in others)}
-
-
-def _version(package: str) -> str:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return "not installed"
 
 
 def _do_all(wanted: ComparisonJob, store: Store, say: Callable[[str], None]) -> None:

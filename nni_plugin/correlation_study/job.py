@@ -11,7 +11,6 @@ run that is killed goes on from there.
 
 from __future__ import annotations
 
-import importlib.metadata
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -31,7 +30,7 @@ from nni_plugin.criteria.ablation import cross_entropy
 from nni_plugin.errors import CriterionError, GraphError
 from nni_plugin.groups import ChannelGroup
 from nni_plugin.job_steps import pretrain
-from nni_plugin.machine import describe_machine, usable_device
+from nni_plugin.machine import describe_machine, library_versions, usable_device
 from nni_plugin.methods import create_criterion, known_methods
 from nni_plugin.network_job import NetworkJob, network_of
 from nni_plugin.planner import score_groups, unchanged
@@ -165,7 +164,7 @@ class _Run:
                 "agreement_with_held_out": None if held_out is None else agreement(train, held_out),
             },
             "seed": job.seed,
-            "versions": {name: _version(name) for name in ("nni-plugin", "torch-pruning", "nni", "scipy", "numpy")},
+            "versions": library_versions(("nni-plugin", "torch-pruning", "nni", "scipy", "numpy")),
             "machine": describe_machine(),
         }
         write_results(self.places.results, record, rows, scored, train, held_out)
@@ -254,10 +253,3 @@ def _predictions(criterion: Any, groups: Sequence[ChannelGroup]) -> Scores:
     if predict is None or not groups or predict(groups[0]) is None:
         return {}
     return {group.name: predict(group).double() for group in groups}
-
-
-def _version(package: str) -> str:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return "not installed"

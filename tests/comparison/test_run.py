@@ -75,6 +75,8 @@ def test_every_cell_starts_from_its_seeds_dense_network_and_meets_its_target(com
     assert page.count("<svg") == 4
     for text in ("Paired differences", "Where we lose", "the command", "tp:magnitude", "BasePruner"):
         assert text in page
+    machine = re.findall(r"<dt>(.*?)</dt>", page)
+    assert len(set(machine)) == len(machine)  # each library's version once
     # What one of our methods gave can be loaded; its report lies beside it.
     cell = wanted.output / CELLS / Cell("obs", "macs=0.5", 1).name
     assert nni_plugin.from_pretrained(cell).pruning_plan.provenance["seed"] == 1
@@ -112,7 +114,7 @@ def test_interrupted_and_resumed_gives_what_an_uninterrupted_one_gives(
 def test_a_finished_comparison_takes_more_methods_without_doing_anything_twice(comparison: Make) -> None:
     first = run_comparison(comparison(methods=("magnitude",), seeds=(0,)), command="first call", say=silent)
     said: list[str] = []
-    more = comparison(methods=("magnitude", "tp:random"), budgets=(MACs(0.5), MACs(0.7)), seeds=(0,))
+    more = comparison(methods=("magnitude", "tp:random-local"), budgets=(MACs(0.5), MACs(0.7)), seeds=(0,))
     rows = run_comparison(more, resume=True, command="second call", say=said.append)
     assert outcome(first) < outcome(rows)
     assert len(rows) == 4
@@ -123,10 +125,11 @@ def test_a_finished_comparison_takes_more_methods_without_doing_anything_twice(c
     assert [run["command"] for run in record["runs"]] == ["first call", "second call"]
     assert all(run["seconds"] > 0 for run in record["runs"])
     # What a host was asked is told by cell where the cells differ.
-    ratios = [record["host_cells"][f"tp_random-macs={target}-seed0"]["ratio"] for target in (0.5, 0.7)]
+    ratios = [record["host_cells"][f"tp_random-local-macs={target}-seed0"]["ratio"] for target in (0.5, 0.7)]
     assert ratios[0] != ratios[1]
-    assert record["hosts"]["tp:random"]["importance"] == "RandomImportance"
-    assert "ratio" not in record["hosts"]["tp:random"]
+    asked = record["hosts"]["tp:random-local"]
+    assert (asked["importance"], asked["global_pruning"]) == ("RandomImportance", False)
+    assert "ratio" not in asked
     assert "first call\nsecond call" in (more.output / "report.html").read_text()
 
 
@@ -200,6 +203,8 @@ def test_processes_of_torchrun_are_hidden_from_training(comparison: Make, monkey
         ({"budgets": (MACs(0.5), Params(0.5))}, BudgetError, "one kind"),
         ({"budgets": (Channels(0.5),)}, BudgetError, "one kind"),
         ({"methods": ("obss",)}, CriterionError, "did you mean"),
+        ({"methods": ("tp:taylr-local",)}, CriterionError, "did you mean tp:taylor"),
+        ({"methods": ("nni:l1-local",)}, CriterionError, "did you mean nni:l1"),
     ],
 )
 def test_bad_input(comparison: Make, fields: dict[str, Any], error: type[Exception], text: str) -> None:
