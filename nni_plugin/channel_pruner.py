@@ -43,20 +43,20 @@ from nni_plugin.checks import (
 from nni_plugin.compensation import fold_factors
 from nni_plugin.cost import on_device_of
 from nni_plugin.criteria.base import Criterion
-from nni_plugin.errors import BudgetError, CriterionError, GraphError, ScheduleError, SurgeryError
+from nni_plugin.errors import CriterionError, GraphError, ScheduleError, SurgeryError
+from nni_plugin.group_rules import GroupRules
 from nni_plugin.groups import ChannelGroup
 from nni_plugin.latency_budget import LatencyMeter
 from nni_plugin.live_plan import LivePlan
 from nni_plugin.masks import Masks
 from nni_plugin.narrowing import narrowed
-from nni_plugin.parts import DEFAULT_PARTS, checked_parts
+from nni_plugin.parts import DEFAULT_PARTS
 from nni_plugin.plan import PruningPlan
 from nni_plugin.processes import agreed, pooled_mean
 from nni_plugin.rounding import rounding_of
 from nni_plugin.schedules import Schedule
 from nni_plugin.scorer import ForeignCriterion, Scorer
 from nni_plugin.selection import Ranking
-from nni_plugin.stages import check_stages, turns, turns_by_make
 from nni_plugin.wrappers import average_of, checked_network
 
 
@@ -121,28 +121,21 @@ class ChannelPruner:
         self.round_to, self.min_channels = rounding_of(round_to, model), min_channels
         self.cut_when: CutWhen = checked_choice("cut", cut, CutWhen, ScheduleError)
         self.scorer = Scorer(checked_criterion(criterion))
-        self.select: Selection = checked_choice("select", select, Selection, GraphError)
-        self.stages = dict(stages or {})
-        self.isomorphic, self.parts = isomorphic, checked_parts(parts)
-        if isomorphic and self.stages:
-            raise BudgetError("Expected stages or isomorphic, got both: each says which groups lose the same fraction.")
-        self.divide_by_blocks = divide_by_blocks
-        if divide_by_blocks and self.scorer.is_ranking:
-            raise CriterionError(
-                f"divide_by_blocks divides scores, and {self.scorer} gives an order of removal: leave one of them out."
-            )
+        self.rules = GroupRules(select, parts, stages or {}, isomorphic, divide_by_blocks)
         self.cost_aware = self.scorer.cost_aware if cost_aware is None else cost_aware
         self.optimizer, self.ema = optimizer, None if ema is None else average_of(model, ema)
         self._state: Any = None
         self._earlier: PruningPlan | None = getattr(model, "pruning_plan", None)
         self.meter = LatencyMeter(model, self._inputs(), budget) if isinstance(budget, Latency) else None
-        groups = find_groups(model, self._inputs(), ignore=ignore, keep_host=self.scorer.foreign, parts=self.parts)
+        groups = find_groups(
+            model, self._inputs(), ignore=ignore, keep_host=self.scorer.foreign, parts=self.rules.parts
+        )
         self._take(sound_groups(model, groups, self._inputs()))
         self._whole = {group.name: group.fixed for group in self._all_groups if group.fixed is not None}
         warn_of_unreached(model, self._inputs())
         self.dense: Size = self._fit.dense
         self.live = LivePlan(self.groups)
-        check_stages(self.stages, list(self.live.dense_widths))
+        self.rules.check(self.scorer, list(self.live.dense_widths))
         self._since_check, self._window, self._loss_sum = 0, 0, 0.0
         self._counted: Size | None = None
         self.done = False
@@ -279,11 +272,8 @@ class ChannelPruner:
             "schedule": repr(self.schedule),
             "round_to": self.round_to,
             "min_channels": self.min_channels,
-            "select": self.select,
             "cost_aware": self.cost_aware,
-            **({"stages": self.stages} if self.stages else {}),
-            **({"isomorphic": True} if self.isomorphic else {}),
-            **({"parts": sorted(self.parts)} if self.parts != frozenset(DEFAULT_PARTS) else {}),
+            **self.rules.record(),
             **({"latency": self.timing} if self.timing else {}),
             **({"whole": self._whole} if self._whole else {}),
         }
@@ -349,14 +339,7 @@ class ChannelPruner:
 
     def _take(self, groups: list[ChannelGroup]) -> None:
         """Work on these groups from now on."""
-        if self.select != "all":
-            groups = [
-                group
-                if group.fixed or group.residual == (self.select == "skip-only")
-                else group.freeze(f"select={self.select!r} leaves it whole")
-                for group in groups
-            ]
-        self._all_groups = groups
+        self._all_groups = groups = self.rules.selected(groups)
         self.groups = [group for group in groups if group.fixed is None]
         if not self.groups:
             reasons = "; ".join(f"{group.name}: {group.fixed}" for group in groups[:5])
@@ -369,7 +352,7 @@ class ChannelPruner:
     @property
     def _additive(self) -> bool:
         """Whether scores say what channels are worth, and not when they go (in one order, or at a stage's turn)."""
-        return not (self.scorer.is_ranking or self.stages or self.isomorphic)
+        return not (self.scorer.is_ranking or self.rules.in_turns)
 
     def _due(self) -> bool:
         if not self.schedule.due(self._since_check, -math.inf):
@@ -378,15 +361,9 @@ class ChannelPruner:
         return mean_loss is not None and self.schedule.due(self._since_check, mean_loss)
 
     def _ranking(self, scores: Mapping[str, Tensor]) -> Ranking:
-        if self.divide_by_blocks:
-            scores = {group.name: scores[group.name] / group.blocks for group in self.groups}
-        if self.stages:
-            scores = turns(self.groups, scores, self.stages, self.live.dense_widths)
-        elif self.isomorphic:
-            scores = turns_by_make(self.groups, scores, self.live.dense_widths)
         return self._fit.ranking(
             self.groups,
-            scores,
+            self.rules.comparable(self.groups, scores, self.live.dense_widths),
             additive=self._additive,
             round_to=self.round_to,
             min_channels=self.min_channels,
@@ -465,7 +442,7 @@ class ChannelPruner:
         if self.scorer.foreign and not self.done:
             hosts = {
                 group.name: group.host
-                for group in find_groups(self.model, self._inputs(), keep_host=True, parts=self.parts)
+                for group in find_groups(self.model, self._inputs(), keep_host=True, parts=self.rules.parts)
             }
             groups = [dataclasses.replace(group, host=hosts.get(group.name)) for group in groups]
         self._take(groups)

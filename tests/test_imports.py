@@ -44,7 +44,7 @@ FLOORS = (
     frozenset({"criteria"}),
     frozenset({"budgets"}),
     frozenset({"selection", "stages", "slim_cost", "slim_latency", "knapsack", "schedules", "scorer", "live_plan"}),
-    frozenset({"latency_budget", "budget_fit", "checks"}),
+    frozenset({"latency_budget", "budget_fit", "checks", "group_rules"}),
     frozenset({"layers", "side_by_side"}),
     frozenset({"adapters"}),
     frozenset({"channel_pruner", "methods"}),
