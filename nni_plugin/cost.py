@@ -74,11 +74,17 @@ class Cost:
 
 def call(model: nn.Module, example_inputs: Any) -> Any:
     """Run a model on one tensor, a tuple or list of inputs, or a dict of keyword inputs."""
+    args, kwargs = arguments_of(example_inputs)
+    return model(*args, **kwargs)
+
+
+def arguments_of(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return what a model is called with, by place and by name, as :func:`call` does."""
     if isinstance(example_inputs, Mapping):
-        return model(**example_inputs)
+        return (), dict(example_inputs)
     if isinstance(example_inputs, (tuple, list)):
-        return model(*example_inputs)
-    return model(example_inputs)
+        return tuple(example_inputs), {}
+    return (example_inputs,), {}
 
 
 def tensors_in(value: Any) -> list[Tensor]:

@@ -34,6 +34,7 @@ FLOORS = (
             "described",
             "sample_inputs",
             "wrappers",
+            "sample_rows",
         }
     ),
     frozenset({"groups"}),

@@ -30,6 +30,7 @@ from nni_plugin.criteria.gates import accumulable
 from nni_plugin.criteria.rerun import Rerun
 from nni_plugin.errors import CriterionError
 from nni_plugin.groups import Member
+from nni_plugin.sample_rows import check_rows, in_doubt
 from nni_plugin.tensors import NORMS
 
 Reduction = Literal["sum", "mean", "mean-abs"]
@@ -60,6 +61,8 @@ class PerSampleGates:
         self.reduction: Reduction = "sum"
         self._stack = ExitStack()
         self._samples = 0
+        self._call: tuple[Any, Any] = (), {}
+        self._doubtful: dict[str, bool] = {}  # by layer: whether its rows have to be looked at still
         self._terms: list[Tensor | None] = [None] * len(self.members)
         # What the next layer overwrites must be copied; where that happens shows on the first pass.
         self._overwritten: list[bool | None] = [None] * len(self.members)
@@ -84,7 +87,7 @@ class PerSampleGates:
         """Take every hook off."""
         self._stack.close()
         self._terms = [None] * len(self.members)
-        self._rerun, self._watched = None, []
+        self._rerun, self._watched, self._call = None, [], ((), {})
 
     def take(self) -> list[Tensor]:
         """Return the gate gradients of the last minibatch, and forget them.
@@ -123,7 +126,7 @@ class PerSampleGates:
             first = next((tensor for tensor in given if tensor.dim() > 0), None)
             if first is None:
                 raise CriterionError("Gradients per sample need a tensor input whose rows are the samples.")
-            self._samples = first.shape[0]
+            self._samples, self._call = first.shape[0], (args, kwargs)
             self._terms = [None] * len(self.members)
             self._watched = []
             if not self._tried:
@@ -136,7 +139,13 @@ class PerSampleGates:
 
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
             rerun, self._rerun = self._rerun, None
-            if module is not self.model or rerun is None:
+            if module is not self.model:
+                return None
+            call, self._call = self._call, ((), {})
+            if open_doubts := [path for path, doubtful in self._doubtful.items() if doubtful]:
+                check_rows(module, *call, open_doubts)
+                self._doubtful.update(dict.fromkeys(open_doubts, False))
+            if rerun is None:
                 return None
             self._tried = True
             given = {tensor.untyped_storage().data_ptr() for tensor in tensors_in(output)}  # to be written into later
@@ -228,6 +237,8 @@ class PerSampleGates:
             value: The activation's value, or the input of the batch normalisation that made it.
             statistics: Mean and variance that this batch normalisation used (None: the batch's own).
         """
+        if in_doubt(a.shape, self._samples, _channel_dim(layer, a)):
+            self._doubtful.setdefault(self.members[i].path, True)
         copied = value is None and self._copies(i)
         kept, watched = (a if value is None else value).detach(), watched.detach()
         version = watched._version

@@ -28,8 +28,10 @@ from nni_plugin.criteria.rerun import told_of_reruns
 from nni_plugin.errors import CriterionError
 from nni_plugin.layers.base import LayerImportance, LossFn, counted
 from nni_plugin.layers.blocks import Block
+from nni_plugin.layers.embedding import is_channels_last
 from nni_plugin.layers.trace import eval_mode, main_tensor
 from nni_plugin.processes import summed
+from nni_plugin.sample_rows import check_rows, in_doubt
 
 
 def block_gate_gradients(
@@ -110,6 +112,8 @@ class BlockGates:
 
     def __init__(self, model: nn.Module, blocks: Sequence[Block]) -> None:
         self.model, self.blocks = model, blocks
+        self._layers = [[m for name in block.members for m in model.get_submodule(name).modules()] for block in blocks]
+        self._sure: set[int] = set()  # blocks whose rows are known to be samples
         self._stack = ExitStack()
 
     def __enter__(self) -> BlockGates:
@@ -151,6 +155,7 @@ class BlockGates:
 
     def _forget(self) -> None:
         self._samples = 0
+        self._call: tuple[Any, Any] = (), {}
         self._gates: dict[int, Tensor] = {}
         self._got: dict[int, tuple[Tensor, int]] = {}
 
@@ -160,7 +165,7 @@ class BlockGates:
     def _count(self, _: nn.Module, args: Any, kwargs: Any) -> None:
         if self._gates:
             raise CriterionError("The loss runs the network twice on one minibatch; blocks have one gate a sample.")
-        self._samples = len(tensors_in([*args, *kwargs.values()])[0])
+        self._samples, self._call = len(tensors_in([*args, *kwargs.values()])[0]), (args, kwargs)
 
     def _entering(self, i: int) -> Any:
         def enter(_: nn.Module, args: Any, kwargs: Any) -> None:
@@ -177,6 +182,10 @@ class BlockGates:
                 raise CriterionError(f"Block {name!r} runs twice in one forward pass; leave it out.")
             if tensor is None or tensor.dim() == 0 or len(tensor) % self._samples:
                 raise CriterionError(f"Block {name!r} gives no tensor with a sample a row ({self._samples} samples).")
+            last = is_channels_last(self._layers[i], tensor.shape)
+            if i not in self._sure and in_doubt(tensor.shape, self._samples, -1 if last else 1):
+                check_rows(self.model, *self._call, self.blocks[i].members)
+                self._sure.add(i)
             if self.blocks[i].kind == "branch":
                 difference = tensor
             elif got._version != version:

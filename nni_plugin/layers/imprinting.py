@@ -135,7 +135,7 @@ class _Sums:
                 inputs, self._labels = _labelled(self.model, batch, self.num_classes)
                 self.counts = self.counts.to(self._labels.device)
                 self.counts.index_add_(0, self._labels, torch.ones_like(self._labels))
-                self.points.expect(len(self._labels))
+                self.points.expect(len(self._labels), inputs)
                 call(self.model, inputs)
                 self.points.check_visited()
 
@@ -187,7 +187,7 @@ class _Tally:
         with self.points.watch(self._visit):
             for batch in counted(batches, "held out to measure on"):
                 inputs, self._labels = _labelled(self.model, batch, self.num_classes)
-                self.points.expect(len(self._labels))
+                self.points.expect(len(self._labels), inputs)
                 output = call(self.model, inputs)
                 self.points.check_visited()
                 self.samples += len(self._labels)

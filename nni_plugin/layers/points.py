@@ -17,11 +17,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from nni_plugin.cost import tensors_in
+from nni_plugin.cost import arguments_of, tensors_in
 from nni_plugin.errors import CriterionError
 from nni_plugin.layers.blocks import Block
 from nni_plugin.layers.embedding import Embedder
 from nni_plugin.layers.trace import main_tensor
+from nni_plugin.sample_rows import check_rows, in_doubt
 
 Visit = Callable[[int, Tensor], None]
 """Called with the number of a point and the vectors there, `[N, D]`."""
@@ -43,7 +44,7 @@ class StreamPoints:
     """
 
     def __init__(self, model: nn.Module, blocks: Sequence[Block], target_length: int, *, stem: bool) -> None:
-        self.blocks = blocks
+        self.model, self.blocks = model, blocks
         self.before: list[int | None] = [None] * len(blocks)
         self.count = len(blocks)
         self._stem = stem
@@ -71,10 +72,10 @@ class StreamPoints:
                 stack.callback(self._exits[i].register_forward_hook(self._leaving(i)).remove)
             yield self
 
-    def expect(self, samples: int) -> None:
-        """Say how many samples the next forward pass will see."""
+    def expect(self, samples: int, inputs: Any) -> None:
+        """Say how many samples the next forward pass will see, and what the network will be called with."""
         self._forget()
-        self._samples = samples
+        self._samples, self._inputs = samples, inputs
 
     def check_visited(self) -> None:
         """Check that a forward pass went through every block.
@@ -90,7 +91,7 @@ class StreamPoints:
 
     def _forget(self) -> None:
         """Let go of the tensors of a forward pass."""
-        self._samples = 0
+        self._samples, self._inputs = 0, None
         self._left: set[int] = set()
         self._latest: tuple[Tensor, int, int] | None = None  # the last block's output, its version, its point
         self._got: dict[int, Tensor] = {}
@@ -137,6 +138,9 @@ class StreamPoints:
             tensor = main_tensor(output)
             if tensor is None:
                 raise CriterionError(f"Block {self.blocks[i].name!r} gives {type(output).__name__}, not one tensor.")
+            channels = -1 if self._embed[i].holds_channels_last(tensor) else 1
+            if not self._known and in_doubt(tensor.shape, self._samples, channels):
+                check_rows(self.model, *arguments_of(self._inputs), self.blocks[i].members)
             vectors = self._embed[i](tensor, self._samples)
             got = self._got.pop(i, None)
             if self.blocks[i].kind == "branch":

@@ -101,7 +101,7 @@ def test_the_stream_behind_a_branch_of_another_form(form, shape):
     points = StreamPoints(model, [Block("work", "branch", ("norm", "work"), shape)], 12, stem=True)
     seen, x = {}, torch.randn(3, 4, 6, dtype=torch.float64)
     with torch.no_grad(), points.watch(seen.__setitem__):
-        points.expect(3)
+        points.expect(3, x)
         after = model(x)
         points.check_visited()
     left = 2 if form == "transposed" else 1
@@ -119,8 +119,8 @@ def test_blocks_in_a_row_share_the_point_between_them():
         points = StreamPoints(model, blocks, 12, stem=stem)
         for _ in range(2):
             with torch.no_grad(), points.watch(lambda *_: None):
-                points.expect(2)
-                model(torch.randn(2, 6))
+                points.expect(2, x := torch.randn(2, 6))
+                model(x)
                 points.check_visited()
         assert points.before == before  # the activation changes the second one's output in place: another signal
         assert points.count == count
