@@ -32,7 +32,7 @@ from nni_plugin.machine import library_versions
 from nni_plugin.plan import PruningPlan, dense_names
 from nni_plugin.processes import agreed
 from nni_plugin.schedules import Gradual, OneShot
-from nni_plugin.wrappers import checked_network
+from nni_plugin.wrappers import checked_network, copy_to_plan_on
 
 
 def plan_layers(
@@ -57,7 +57,7 @@ def plan_layers(
         importance: One of `nni_plugin.layers`.
         batches: Minibatches of the training set, `(inputs, labels)` for `Imprinting`.
         budget: `Layers` that leave, or `Latency`, `MACs` or `Params` kept. Within it, none of the blocks that leave
-            could stay. A latency is met as measured on the slim network, within 3 %.
+            in the last step could stay. A latency is met as measured on the slim network, within 3 %.
         loss_fn: `loss_fn(model, batch)` -> a finite scalar, for importances that need it.
         held_out: Minibatches of the training set that are not in `batches`, for importances that need them; None:
             every fifth minibatch of `batches` (of fewer than five the last one) is kept back; they must then be the
@@ -96,9 +96,7 @@ def plan_layers(
         if importance.needs_held_out and held_out is None:
             batches, held_out = split_fifth(batches)
         cuts = _Cuts(model, example_inputs, _of_layers(budget))
-        work, scored = copy.deepcopy(model), []
-        if hasattr(work, "pruning_plan"):
-            del work.pruning_plan  # the plan asked for starts from this network
+        work, scored = copy_to_plan_on(model), []
         for step in range(schedule.steps):
             now = cuts.value(work)
             if step and now <= cuts.limit:

@@ -51,10 +51,13 @@ class SlimCost:
                 by_dim = self._shares.setdefault(piece.tensor, {}).setdefault(piece.dim, [])
                 by_dim.append(_Share(group.name, per_channel))
         parameters = dict(model.named_parameters())
-        self._params = {name: tuple(parameters[name].shape) for name in self._shares if name in parameters}
+        # One that two layers share has two names: each layer multiplies by it, and it is stored once.
+        by_name = dict(model.named_parameters(remove_duplicate=False))
+        self._shapes = {name: tuple(by_name[name].shape) for name in self._shares if name in by_name}
+        self._stored = self._shapes.keys() & parameters.keys()
         self._macs = {
             name: macs[name.removesuffix(".weight")]
-            for name in self._params
+            for name in self._shapes
             if name.endswith(".weight") and name.removesuffix(".weight") in macs
         }
         total_params = sum(parameter.numel() for parameter in parameters.values())
@@ -68,14 +71,15 @@ class SlimCost:
         removed = {name: self.widths[name] - len(index) for name, index in kept.items()}
         gone = {name for name, number in removed.items() if number}
         macs, params = self.dense.cost.macs, self.dense.cost.params
-        for name, shape in self._params.items():
+        for name, shape in self._shapes.items():
             share = Fraction(1)
             for dim, parts in self._shares[name].items():
                 lost = sum(part.removed(kept[part.group]) for part in parts if part.group in gone)
                 if lost:
                     share *= Fraction(shape[dim] - lost, shape[dim])
             if share != 1:
-                params -= _numel(shape) - int(share * _numel(shape))
+                if name in self._stored:
+                    params -= _numel(shape) - int(share * _numel(shape))
                 if name in self._macs:
                     macs -= self._macs[name] - int(share * self._macs[name])
         return Size(Cost(macs, params), self.dense.channels - sum(removed.values()))

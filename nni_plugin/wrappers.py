@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 from torch import nn
@@ -35,6 +36,14 @@ def checked_network(model: Any) -> nn.Module:
                 f"Expected a network with values, got one on the meta device ({name!r}): give it a device "
                 "(model.to_empty) and load its weights first."
             )
+    return network
+
+
+def copy_to_plan_on(model: nn.Module) -> nn.Module:
+    """Return a copy of a network without the plan of what left it before: names and plans begin with it as it is."""
+    network = copy.deepcopy(model)
+    if hasattr(network, "pruning_plan"):
+        del network.pruning_plan
     return network
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from nni_plugin.adapters.torch_pruning.surgery import check_fit, cut_channels
 from nni_plugin.cost import call, tensors_in
@@ -19,6 +20,9 @@ from nni_plugin.plan import PruningPlan
 
 TOLERANCE = 1e-4
 """Largest accepted difference, relative to the largest output."""
+
+
+_HALVES = (torch.float16, torch.bfloat16)
 
 
 @dataclass(frozen=True)
@@ -95,7 +99,18 @@ def _copy_sharing_values(model: nn.Module) -> nn.Module:
 
 
 def difference(masked: nn.Module, compact: nn.Module, example_inputs: Any) -> tuple[float, float]:
-    """Return the largest difference of the outputs of two networks, and the same over the largest output."""
+    """Return the largest difference of the outputs of two networks, and the same over the largest output.
+
+    Networks in half precision, whose rounding would pass for a difference or hide one, are converted to float32.
+
+    Args:
+        masked: A copy of the caller's network, which may be converted.
+        compact: Likewise.
+        example_inputs: What both are run on.
+    """
+    if any(parameter.dtype in _HALVES for parameter in masked.parameters()):
+        masked._apply(_in_single), compact._apply(_in_single)
+        example_inputs = tree_map_only(Tensor, _in_single, example_inputs)
     try:
         expected, got = (_outputs(network, example_inputs) for network in (masked, compact))
     except Exception as error:  # whatever a network of the user's raises
@@ -110,6 +125,10 @@ def difference(masked: nn.Module, compact: nn.Module, example_inputs: Any) -> tu
     difference = max((_distance(a, b) for a, b in zip(expected, got, strict=True) if a.numel()), default=0.0)
     relative = 0.0 if difference == 0 else difference / largest if largest else float("inf")
     return difference, relative
+
+
+def _in_single(tensor: Tensor) -> Tensor:
+    return tensor.float() if tensor.dtype in _HALVES else tensor
 
 
 def _distance(a: Tensor, b: Tensor) -> float:

@@ -54,7 +54,7 @@ class ArchitectureCost(SlimCost):
         """Where the width of a tensor's dimension lies among `kept_sizes(...)`; those that gates change."""
         sizes: list[int] = []
         row_of, channel_of, weight_of = [], [], []
-        for name, shape in self._params.items():
+        for name, shape in self._shapes.items():
             for dim, parts in self._shares[name].items():
                 row = self.rows[name, dim] = len(sizes)
                 sizes.append(shape[dim])
@@ -69,7 +69,7 @@ class ArchitectureCost(SlimCost):
         self._weight = torch.cat(weight_of).to(device, torch.float64)
         self.macs = PolynomialCost(self, self._macs, self.dense.cost.macs)
         """The multiply-accumulates of one sample."""
-        numbers = {name: _product(shape) for name, shape in self._params.items()}
+        numbers = {name: _product(shape) for name, shape in self._shapes.items() if name in self._stored}
         self.params = PolynomialCost(self, numbers, self.dense.cost.params)
         """The number of parameters."""
 
@@ -81,7 +81,7 @@ class ArchitectureCost(SlimCost):
 
     def shape_of(self, tensor: str) -> tuple[int, ...]:
         """Return the shape of a parameter that gates change."""
-        return self._params[tensor]
+        return self._shapes[tensor]
 
 
 class PolynomialCost:

@@ -113,5 +113,5 @@ class PredictorLearner:
         """Put back what :meth:`state_dict` returned."""
         self.predictor.load_state_dict(state["predictor"])
         self._optimizer.load_state_dict(state["optimizer"])
-        self.memory.load_state_dict(state["memory"])
+        self.memory.load_state_dict(state["memory"], next(self.predictor.parameters()).device)
         self.updates = int(state["updates"])

@@ -127,8 +127,12 @@ class EpisodicMemory:
             "pending": [(architecture.clone(), accuracy) for architecture, accuracy in self._pending],
         }
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any], device: torch.device | str | None = None) -> None:
         """Put back what :meth:`state_dict` returned.
+
+        Args:
+            state: Read back from a file its tensors lie on the CPU, wherever they were.
+            device: Where architectures go; None: they stay where they are.
 
         Raises:
             SearchError: It holds more entries than this memory.
@@ -139,11 +143,12 @@ class EpisodicMemory:
             raise SearchError(f"The saved memory has {length} entries, this one holds {self.capacity}.")
         self._store, self._length = None, length
         if known is not None:
-            self._store = known.new_zeros(self.capacity, *known.shape[1:])
+            self._store = known.new_zeros(self.capacity, *known.shape[1:], device=device)
             self._store[:length] = known
         self._accuracies.zero_()
         self._accuracies[:length] = state["accuracies"]
-        self._pending = [(architecture.clone(), float(accuracy)) for architecture, accuracy in state["pending"]]
+        pending = [(architecture.clone(), float(accuracy)) for architecture, accuracy in state["pending"]]
+        self._pending = [(architecture.to(device=device), accuracy) for architecture, accuracy in pending]
 
 
 def check_accuracy(accuracy: float) -> None:

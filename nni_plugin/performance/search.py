@@ -166,6 +166,14 @@ class PerformanceMaximization:
         """
         if self.done:
             raise SearchError(f"All {self.options.steps} steps of the search have been made.")
+        before = self._generator.get_state()
+        try:
+            return self._step(batch)
+        except BaseException:
+            self._generator.set_state(before)  # the step can be made again, on another minibatch
+            raise
+
+    def _step(self, batch: Any) -> StepRecord:
         with self.network, torch.enable_grad():
             sample = self.gates(self._generator)
             (slope,) = torch.autograd.grad(sample.sum(), self.gates.logits)  # each entry depends on its own gate alone

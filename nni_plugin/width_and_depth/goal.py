@@ -13,6 +13,7 @@ from nni_plugin.cost import count
 from nni_plugin.errors import BudgetError
 from nni_plugin.latency_budget import LatencyMeter
 from nni_plugin.width_and_depth.items import Items, Limits
+from nni_plugin.wrappers import copy_to_plan_on
 
 
 class Goal:
@@ -35,6 +36,7 @@ class Goal:
         Raises:
             BudgetError: It is not met without everything that may leave.
         """
+        model = copy_to_plan_on(model)
         items = Items.of(model, self.example_inputs, limits)
         everything = torch.arange(len(items))
         smallest = items.slim(model, everything, len(everything))
@@ -44,6 +46,18 @@ class Goal:
             raise BudgetError(
                 f"{self.budget} allows {self.limit:,.0f}, but without all blocks and channels that can leave "
                 f"{least:,.0f} remain. Ask for more. The model is unchanged."
+            )
+
+    def check_reached(self, network: nn.Module) -> None:
+        """Refuse a network that is above the limit, where that is no matter of measuring.
+
+        Raises:
+            BudgetError: It is.
+        """
+        if self.meter is None and (value := self.value(network)) > self.limit:
+            raise BudgetError(
+                f"{self.budget} allows {self.limit:,.0f}, and {value:,.0f} remain where nothing more can leave. Ask "
+                "for more. The model is unchanged."
             )
 
     def fewest(self, items: Items, order: Tensor, work: nn.Module, limit: float, *, exact: bool) -> int:

@@ -123,7 +123,12 @@ def plan_jointly(
             "round_to": limits.round_to,
             "steps": account,
             **(
-                {"settled_losses": dict(zip((str(path.cost_power) for path in paths), losses, strict=True))}
+                {
+                    "settled_losses": {
+                        str(path.cost_power): loss if math.isfinite(loss) else None
+                        for path, loss in zip(paths, losses, strict=True)
+                    }
+                }
                 if len(paths) > 1
                 else {}
             ),

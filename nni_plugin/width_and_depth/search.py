@@ -24,6 +24,7 @@ from nni_plugin.planner import unchanged
 from nni_plugin.processes import agreed, gathered, pooled_mean
 from nni_plugin.width_and_depth.goal import Goal
 from nni_plugin.width_and_depth.items import Items, Limits
+from nni_plugin.wrappers import copy_to_plan_on
 
 
 @dataclass(frozen=True)
@@ -61,9 +62,7 @@ class Search:
     def path(self, model: nn.Module, cost_power: float, limits: Limits, bar: Any) -> Path:
         """Go to the budget on a copy of a network, which carries its plan."""
         goal, inputs = self.goal, self.goal.example_inputs
-        work = copy.deepcopy(model).eval()
-        if hasattr(work, "pruning_plan"):
-            del work.pruning_plan
+        work = copy_to_plan_on(model).eval()
         account: list[dict[str, Any]] = []
         for step in range(self.steps):
             now, last = goal.value(work), step + 1 == self.steps
@@ -88,6 +87,7 @@ class Search:
             size = count(work, inputs)
             account.append({"macs": size.macs, "params": size.params, "predicted_loss_change": change})
             bar.update()
+        goal.check_reached(work)
         return Path(work, account, cost_power)
 
     @torch.no_grad()

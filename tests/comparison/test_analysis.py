@@ -68,6 +68,22 @@ def test_what_is_not_known_is_not_called_ahead() -> None:
     assert "nothing to compare with" in losses(OURS)[0]
 
 
+def test_rounding_is_no_spread() -> None:
+    """Three more of 360 images right on each seed: percentages differ by rounding alone."""
+    right = (300, 310, 299)
+    ours = [row("obs", seed, (n + 3) / 3.6) for seed, n in enumerate(right)]
+    theirs = [row("tp:lamp", seed, n / 3.6) for seed, n in enumerate(right)]
+    assert differences([*ours, *theirs])[0].verdict == "no spread"
+    ours = [row("obs", seed, n / 100) for seed, n in enumerate((9130, 9121, 9107))]
+    theirs = [row("tp:lamp", seed, n / 100) for seed, n in enumerate((9133, 9119, 9106))]
+    assert losses([*ours, *theirs]) == ["macs=0.5: obs and tp:lamp are level."]
+
+
+def test_a_lucky_seed_of_ours_does_not_stand_before_what_is_known_better() -> None:
+    ahead = [row("taylor-fo", seed, 99.0 + 0.1 * seed) for seed in range(3)]
+    assert losses([*ahead, row("obs", 0, 99.9), *L1]) == []
+
+
 def test_losses_are_said_plainly() -> None:
     behind = [row("obs", seed, 70.0) for seed in range(3)]
     ahead = [row("obs", seed, 99.0 + 0.1 * seed) for seed in range(3)]

@@ -64,6 +64,28 @@ def test_on_the_papers_networks(build) -> None:
     check_equal_to_count(build(width_mult=0.25), torch.zeros(1, 3, 16, 16), 1)
 
 
+def test_a_weight_that_two_layers_share_is_multiplied_by_twice_and_stored_once() -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.one, self.two = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 1), nn.Conv2d(8, 8, 1)
+            self.two.weight = self.one.weight
+            self.head = nn.Linear(8, 5)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = self.stem(x).relu()
+            return self.head(self.two(self.one(x).relu()).mean((2, 3)))
+
+    model, example = Tied(), torch.randn(2, 3, 8, 8)
+    layout = ArchitectureLayout(prunable(model, example))
+    cost = ArchitectureCost(model, example, layout)
+    architecture = any_architecture(layout, 3)
+    assert 0 < architecture.sum() < layout.size
+    counted = count(slim_of(model, layout, architecture, example), example)
+    assert cost.predict(layout.kept(architecture)).cost == counted
+    assert (float(cost.macs(architecture)), float(cost.params(architecture))) == (counted.macs, counted.params)
+
+
 def test_all_ones_cost_what_the_dense_network_costs() -> None:
     model, example = resnet20(), torch.zeros(1, 3, 32, 32)
     layout = ArchitectureLayout([group for group in prunable(model, example) if not group.residual])

@@ -86,6 +86,14 @@ def test_it_goes_on_as_if_nothing_had_happened() -> None:
         assert all(torch.equal(a, b) for a, b in pairs)
 
 
+def test_it_goes_where_the_search_is() -> None:
+    """A state is read back onto the CPU."""
+    saved, memory = filled(STEPS[:5]).state_dict(), EpisodicMemory(3)
+    assert saved["pending"]
+    memory.load_state_dict(saved, "meta")
+    assert {memory.sample(2)[0].device.type, *(gates.device.type for gates, _ in memory._pending)} == {"meta"}
+
+
 def test_holds_tells_known_architectures() -> None:
     memory = filled(STEPS[:2], average=1)
     assert memory.holds(torch.tensor([1.0]))

@@ -246,6 +246,11 @@ def test_a_loss_that_is_not_finite_leaves_the_gates_as_they_were() -> None:
     assert torch.equal(search.gates.logits, before)
     assert hooks_on(model) == 0
     assert search.steps_done == 1
+    untouched = planner(small_resnet()).search
+    untouched.step(batches()[0])
+    for search_now in (search, untouched):
+        search_now.step(batches()[1])
+    assert torch.equal(search.gates.logits, untouched.gates.logits)  # nothing was drawn in vain
     search.gates.logits.data[3] = float("nan")
     with pytest.raises(SearchError, match="not finite, first 'layer1"):
         search.step(batches()[0])

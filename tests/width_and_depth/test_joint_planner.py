@@ -141,6 +141,32 @@ def test_without_any_weight_on_savings_blocks_stay() -> None:
     assert cheap.channels_removed > 0
 
 
+def test_names_are_those_of_the_network_as_it_is() -> None:
+    """A network that has lost a block: its layers are numbered anew, and layers to ignore are named by that."""
+    model = PruningPlan((), ("layer1.0",)).apply(resnet(), X)
+    fresh = copy.deepcopy(model)
+    del fresh.pruning_plan
+    ignored = {"ignore": ["conv1", "layer1.0", "layer2", "layer3.0", "layer3.1"]}
+    texts = []
+    for network in (model, fresh):
+        with pytest.raises(BudgetError, match=r"can leave .* remain") as caught:
+            planned(network, batches(), MACs(0.7), **ignored)
+        texts.append(str(caught.value))
+    assert texts[0] == texts[1]
+    plans = [planned(network, batches(), MACs(0.9), **ignored) for network in (model, fresh)]
+    assert plans[0].groups == plans[1].groups
+    assert plans[0].removed_blocks == plans[1].removed_blocks
+    assert plans[0].cost_after.macs <= 0.9 * plans[0].cost_before.macs  # type: ignore[union-attr]
+
+
+def test_a_path_whose_loss_is_not_finite_can_be_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    given = iter([1.0, float("nan")])
+    monkeypatch.setattr("nni_plugin.width_and_depth.search.Search.settled_loss", lambda *_: next(given))
+    plan = planned(resnet(), batches(), MACs(0.6), cost_powers=(1.0, 0.5))
+    assert plan.provenance["settled_losses"] == {"1.0": 1.0, "0.5": None}
+    assert PruningPlan.from_json(plan.to_json()) == plan
+
+
 def test_the_network_that_loses_least_is_taken() -> None:
     model, powers = resnet(), (1.0, 0.5, 0.0)
     each = [planned(model, batches(), MACs(0.5), cost_powers=[p]) for p in powers]

@@ -37,6 +37,24 @@ def test_a_right_plan_is_proved_and_the_network_untouched() -> None:
     assert not hasattr(model, "pruning_plan")
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_is_no_difference_and_hides_none(dtype: torch.dtype) -> None:
+    """Its rounding alone is above the tolerance."""
+    torch.manual_seed(0)
+    model, example = randomise(resnet20(width_mult=0.5)).to(dtype), X.to(dtype)
+    groups = find_groups(model, example)
+    plan = any_plan(groups, 0)
+    before = state_of(model)
+    parity = verify(model, plan, example)
+    assert parity.max_rel < 1e-5
+    assert_same(model, before)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # no group is left whole
+        assert [group.fixed for group in sound_groups(model, groups, example)] == [group.fixed for group in groups]
+    apply_plan(model, plan, example)
+    assert {parameter.dtype for parameter in model.parameters()} == {dtype}
+
+
 def test_a_wrong_coupling_is_told() -> None:
     """Channels of a reader in another order than those of its writer: it runs, and computes something else."""
     model = randomise(nn.Sequential(*conv_bn(3, 6), nn.ReLU(), nn.Conv2d(6, 5, 3), nn.ReLU(), *head(5)))
