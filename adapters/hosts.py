@@ -8,6 +8,7 @@ out is counted by our counter alone.
 from __future__ import annotations
 
 import copy
+import difflib
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -33,15 +34,24 @@ def is_built_in(method: str) -> bool:
 def criterion_of(method: str) -> str:
     """Return the name of the criterion by which a method scores, whatever it ranks together.
 
+    Raises:
+        CriterionError: A host has no such method; the text has the closest names.
+
     Example:
         >>> criterion_of("tp:taylor-local"), criterion_of("taylor-fo")
         ('tp:taylor', 'taylor-fo')
     """
-    if not method.startswith("tp:"):
+    if not is_built_in(method):
         return method
+    from nni_plugin.adapters.nni.host_pruner import PRUNERS as OF_NNI
+    from nni_plugin.adapters.torch_pruning.host_pruner import METHODS as OF_TORCH_PRUNING
     from nni_plugin.adapters.torch_pruning.host_pruner import importance_and_ranking
 
-    return importance_and_ranking(method)[0]
+    known = (*OF_TORCH_PRUNING, *OF_NNI)
+    if method not in known:
+        close = difflib.get_close_matches(method, known, n=3)
+        raise CriterionError(f"Unknown method {method!r}; did you mean {', '.join(close or known)}?")
+    return importance_and_ranking(method)[0] if method in OF_TORCH_PRUNING else method
 
 
 def through_host(

@@ -109,9 +109,19 @@ def load_weights(model: nn.Module, state: Mapping[str, Tensor], source: str) -> 
         described = [f"{key} {list(got)} instead of {list(want)}" for key, (want, got) in wrong.items()]
         problems.append(f"has the wrong shape at {_listed(described)}")
     if problems:
-        hint = "" if missing or unexpected else _class_hint(list(wrong.values()))
+        hint = "" if missing or unexpected else _class_hint(list(wrong.values())) or _pruned_hint(list(wrong.values()))
         raise ModelError(f"The weights of {source!r} do not fit: the file {'; it '.join(problems)}.{hint}")
     model.load_state_dict(state)
+
+
+def _pruned_hint(pairs: Sequence[tuple[tuple[int, ...], tuple[int, ...]]]) -> str:
+    """What to do if every tensor that differs is narrower."""
+    if any(len(want) != len(got) or any(a > b for a, b in zip(got, want, strict=False)) for want, got in pairs):
+        return ""
+    return (
+        " The file seems to be of a pruned network: load its folder by nni_plugin.from_pretrained, and prune or train "
+        "it further in Python."
+    )
 
 
 def _class_hint(pairs: Sequence[tuple[tuple[int, ...], tuple[int, ...]]]) -> str:

@@ -398,6 +398,12 @@ class ChannelPruner:
             self.live.record(size, mean_loss if self.scorer.needs_data else None, said.predicted_loss_change)
         if self.done:
             self.close()
+            if all(len(kept[name]) <= self.min_channels for name in kept) and len(kept) > 1:
+                warnings.warn(
+                    f"Every layer that may be pruned is at its smallest width: nothing less meets {self.budget}. Is it "
+                    "what you want? For a latency measure again while the machine does nothing else.",
+                    stacklevel=4,
+                )
             if size.channels == self.dense.channels:
                 warnings.warn(
                     f"The plan removes nothing: {self.budget} is met by the dense network ({self.dense.cost}).",

@@ -224,8 +224,8 @@ def _warm_timer(
     except Exception as error:  # a forward pass may raise anything
         raise ModelError(
             f"The forward pass failed at batch size {batch_size} with input "
-            f"{(batch_size, *input_shape)}, {dtype_name(dtype)}, on {device}: {error}. "
-            "Check the input shape and dtype, or measure at a smaller batch size."
+            f"{(batch_size, *input_shape)}, {dtype_name(dtype)}, on {device}: {str(error).rstrip('.')}. "
+            f"Check the input shape and dtype{', or measure at a smaller batch size' * (batch_size > 1)}."
         ) from error
     return Timer("model(images)", globals={"model": model, "images": images}, num_threads=threads)
 

@@ -69,6 +69,11 @@ class NetworkJob:
         return asdict(self)
 
 
+def is_untrained(job: NetworkJob) -> bool:
+    """Tell whether a job's network keeps random weights."""
+    return not (job.checkpoint or job.pretrained or job.pretrain.epochs)
+
+
 def network_of(job: NetworkJob, splits: DataSplits, device: torch.device) -> tuple[nn.Module, Tensor]:
     """Build a job's network for its data; returns it and four images that it has taken.
 
@@ -89,7 +94,7 @@ def network_of(job: NetworkJob, splits: DataSplits, device: torch.device) -> tup
         checkpoint=job.checkpoint,
         **job.model_kwargs,
     ).to(device)
-    if not (job.checkpoint or job.pretrained or job.pretrain.epochs):
+    if is_untrained(job):
         warnings.warn(
             "The network has random weights: give --checkpoint, --pretrained or --pretrain-epochs.", stacklevel=5
         )

@@ -12,7 +12,7 @@ import itertools
 import json
 import math
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from types import MappingProxyType
@@ -259,6 +259,10 @@ class PruningPlan:
             cost_before=self.cost_before,
         )
 
+    def leaves(self, layer: str) -> bool:
+        """Tell whether a layer of the dense network is inside a block that is removed."""
+        return _inside(layer, self.removed_blocks)
+
     def explain(self) -> str:
         """Return a table: layer, channels kept of total, score range, share of all channels removed.
 
@@ -272,7 +276,7 @@ class PruningPlan:
             rows.append(
                 (
                     group.name,
-                    f"{len(group.kept)}/{group.total}",
+                    "with its block" if self.leaves(group.name) else f"{len(group.kept)}/{group.total}",
                     "" if low_high is None else f"{low_high[0]:.3g} .. {low_high[1]:.3g}",
                     f"{100 * (group.total - len(group.kept)) / cut:.1f} %",
                 )
@@ -384,6 +388,10 @@ def _group_from(entry: Mapping[str, Any]) -> GroupPlan:
         factors=None if factors is None else tuple(factors),
         score_range=None if scores is None else (_number(scores[0]), _number(scores[1])),
     )
+
+
+def _inside(layer: str, blocks: Iterable[str]) -> bool:
+    return any(layer == block or layer.startswith(f"{block}.") for block in blocks)
 
 
 def dense_names(model: nn.Module) -> Renumbering:

@@ -70,7 +70,9 @@ class Report:
             `latency_ratio_iqr` is the interquartile range over the rounds.
         command: The exact command that was run, seed included.
         history: Rows in order of time, as `report_plots.plot_history` takes them.
-        widths: Per layer its name, channels kept and channels before, in the order of the network.
+        widths: Per layer its name, channels kept and channels before, in the order of the network; none kept where it
+            leaves with its block.
+        removed_blocks: Names of the blocks that are removed whole.
         targets: Asked, predicted and reached quantities.
         machine: Label to text, as `machine.describe_machine` returns it.
         parity: One sentence on how far the masked and the compact network are apart.
@@ -86,6 +88,7 @@ class Report:
     command: str = ""
     history: Sequence[Mapping[str, Any]] = ()
     widths: Sequence[tuple[str, int, int]] = ()
+    removed_blocks: Sequence[str] = ()
     targets: Sequence[Target] = ()
     machine: Mapping[str, str] = field(default_factory=dict)
     parity: str = ""

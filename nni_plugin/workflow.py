@@ -33,7 +33,7 @@ from nni_plugin.job import Job, schedule_of
 from nni_plugin.job_plans import Planned, check_job, make_plan, method_of, pruner_of
 from nni_plugin.job_steps import FirstBatches, before_and_after, pretrain
 from nni_plugin.machine import describe_machine, usable_device
-from nni_plugin.network_job import network_of
+from nni_plugin.network_job import is_untrained, network_of
 from nni_plugin.plan import PruningPlan
 from nni_plugin.planner import run_without_training
 from nni_plugin.reconstruction import reconstruct
@@ -268,14 +268,21 @@ class _Run:
             metrics=metrics,
             command=command,
             history=history,
-            widths=[(group.name, len(group.kept), group.total) for group in plan.groups],
+            widths=[
+                (group.name, 0 if plan.leaves(group.name) else len(group.kept), group.total) for group in plan.groups
+            ],
+            removed_blocks=plan.removed_blocks,
             targets=[_target(job.budget, metrics, plan)],
             machine=metrics["machine"],
             parity=parity,
             load_code=f"import nni_plugin\n\nmodel = nni_plugin.from_pretrained({str(job.output)!r})",
             device=str(self.device),
+            notes=[_UNTRAINED] if is_untrained(job) else [],
             macs_target=job.budget.ratio if isinstance(job.budget, MACs) else None,
         )
+
+
+_UNTRAINED = "The network's weights were random: accuracies say nothing here."
 
 
 def _run_on_images(model: nn.Module, batch: Any) -> Any:
@@ -321,4 +328,7 @@ def _target(budget: Budget, metrics: Mapping[str, Any], plan: PruningPlan) -> Ta
         whole = plan.channels_kept + plan.channels_removed if isinstance(budget.count, float) else 1
         return Target("coupled channels kept", budget.count, None, plan.channels_kept / whole)
     name, kind = ("macs", "MACs kept") if isinstance(budget, MACs) else ("params", "parameters kept")
-    return Target(kind, budget.ratio, None, after[name] / before[name])
+    planned = None
+    if plan.cost_before is not None and plan.cost_after is not None:
+        planned = getattr(plan.cost_after, name) / getattr(plan.cost_before, name)
+    return Target(kind, budget.ratio, planned, after[name] / before[name])

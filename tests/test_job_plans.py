@@ -50,6 +50,7 @@ def test_layers_leave(tmp_path: Any, method: str) -> None:
     assert result.plan.provenance["method"] == method
     report = (tmp_path / "out" / "report.html").read_text()
     assert "blocks removed" in report
+    assert all(f"<code>{block}</code>" in report for block in result.plan.removed_blocks)
     loaded = from_pretrained(tmp_path / "out")
     with torch.no_grad():
         torch.testing.assert_close(loaded(X), result.model.eval()(X), rtol=0, atol=0)
@@ -60,6 +61,8 @@ def test_width_and_depth(tmp_path: Any) -> None:
     assert result.metrics["pruned"]["macs"] <= 0.15 * result.metrics["baseline"]["macs"]
     assert result.plan.provenance["settled_losses"].keys() == {"1.0", "0.5", "0.0"}
     assert "reconstruct" in result.metrics["seconds"]
+    report = (tmp_path / "out" / "report.html").read_text()
+    assert all(f"<code>{block}</code>" in report for block in result.plan.removed_blocks)
     loaded = from_pretrained(tmp_path / "out")
     with torch.no_grad():
         torch.testing.assert_close(loaded(X), result.model.eval()(X), rtol=0, atol=0)

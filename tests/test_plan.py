@@ -306,3 +306,12 @@ def test_identities_are_values() -> None:
     for bad in (("", "x"), ("timm", ""), (None, "x"), ("timm", 3)):
         with pytest.raises(PlanError):
             ModelIdentity(*bad)  # type: ignore[arg-type]
+
+
+def test_layers_of_blocks_that_leave_are_told_so() -> None:
+    """A joint plan scales channels in one step, and in a later one takes the block around them."""
+    groups = [GroupPlan(name, 4, (0, 1, 2, 3)) for name in ("layer1.0.conv1", "layer1.00.conv1", "layer1.0", "fc")]
+    plan = PruningPlan(tuple(groups), ("layer1.0",))
+    assert [plan.leaves(group.name) for group in groups] == [True, False, True, False]
+    shown = [line.split()[1] for line in plan.explain().splitlines()[2:6]]
+    assert shown == ["with", "4/4", "with", "4/4"]

@@ -67,7 +67,8 @@ def check_statistics(values: Sequence[float], channels: int, what: str) -> tuple
         DataError: If the count does not fit, or a standard deviation is not above 0.
     """
     if len(values) not in (1, channels):
-        raise DataError(f"Expected 1 or {channels} values for {what}, one a channel, got {len(values)}.")
+        number = "1 value" if channels == 1 else f"1 or {channels} values"
+        raise DataError(f"Expected {number} for {what}, one a channel, got {len(values)}.")
     if what == "std" and min(values) <= 0:
         raise DataError(f"Expected a std above 0, got {list(values)}.")
     return tuple(float(v) for v in values) * (channels // len(values))

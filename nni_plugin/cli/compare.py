@@ -28,7 +28,7 @@ def add_arguments(parser: jsonargparse.ArgumentParser) -> None:
     add("--params", type=numbers, help="fractions of the parameters to keep")
     add("--latency", type=latencies, help="fractions of the measured latency to keep, or milliseconds (3.5ms)")
     add("--seeds", type=seeds, help="one dense network each (three, from --seed on)")
-    add_options(parser)
+    add_options(parser, while_training=False, scored="2,000 images; nppm and its kin: a tenth of the training data")
     add("--processes", type=above(1), default=1, help="networks at a time on this machine")
     add("--storage", type=str, help="database for the state, as SQLAlchemy names it (a SQLite file in --output)")
     add("--resume", action="store_true", help="go on in --output, also with more methods, targets or seeds")

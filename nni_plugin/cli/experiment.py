@@ -33,7 +33,7 @@ def add_arguments(parser: jsonargparse.ArgumentParser) -> None:
     """Declare the flags of `experiment`: those of `prune`, and those of the search."""
     add = parser.add_argument
     add_job(parser)
-    add("--search-space", type=Path, default=SHIPPED, help="JSON file in NNI's form: names are flags of prune")
+    add("--search-space", type=Path, help="JSON file in NNI's form: names are flags of prune (one for any network)")
     add("--max-trials", "--max-trial-number", type=above(1), required=True, help="trials to run")
     add("--trial-concurrency", type=above(1), default=1, help="trials at a time")
     add("--tuner", type=str, default="TPE", help="TPE, Random, GridSearch or Evolution")
@@ -91,7 +91,7 @@ def _wanted(arguments: Any) -> Any:
         if name not in (*_OWN, "config", "output") and value not in (None, (), {})
     }
     settings = {name: _plain(value) for name, value in settings.items()}
-    space = read_search_space(arguments.search_space)
+    space = read_search_space(arguments.search_space or SHIPPED)
     own = arguments.trial_command is not None
     known = {name for name in vars(arguments) if name not in (*_OWN, *_SAME_IN_ALL, "config", "output")}
     if not own:

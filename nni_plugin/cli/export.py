@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,10 @@ def run(arguments: Any, command: str) -> None:
     from nni_plugin.checkpoint import from_pretrained, input_shape_of
     from nni_plugin.workspace import output_folder
 
+    if arguments.tolerance < 0:
+        raise argparse.ArgumentError(None, f"--tolerance: expected a number of at least 0, got {arguments.tolerance:g}")
+    if arguments.device not in (None, "cpu"):
+        raise argparse.ArgumentError(None, "--device: networks are exported and checked on the CPU, leave it out")
     torch.manual_seed(arguments.seed)
     model = from_pretrained(arguments.directory)
     shape = input_shape_of(arguments.directory)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import fields
 from importlib.util import find_spec
@@ -33,6 +34,7 @@ from nni_plugin.parts import DEFAULT_PARTS, PARTS
 DESCRIPTION = "Prune a network to a budget: train it if asked, prune, fine-tune, verify, measure, save."
 
 _ONE_SHOT = ("reconstruct", "score_steps", "reestimate")
+_SCORED = "all training data; obs: 2,000 images; nppm and its kin: a tenth"
 _IN_STEPS = ("prune_channels", "prune_every")
 
 
@@ -57,23 +59,33 @@ def add_job(parser: jsonargparse.ArgumentParser) -> None:
     add_options(parser)
 
 
-def add_options(parser: jsonargparse.ArgumentParser) -> None:
-    """Declare the flags of all methods, of training and of measuring."""
+def add_options(parser: jsonargparse.ArgumentParser, *, while_training: bool = True, scored: str = _SCORED) -> None:
+    """Declare the flags of all methods, of training and of measuring.
+
+    Args:
+        parser: Takes them.
+        while_training: Whether the command can prune while it trains; else the flags for that are not shown.
+        scored: What methods score on if nothing is said.
+    """
     add = parser.add_argument
+
+    def told(text: str) -> str:
+        return text if while_training else argparse.SUPPRESS
+
     add(
         "--schedule",
         type=str,
         choices=("one-shot", "iterative", "continuous"),
         default="one-shot",
-        help="prune before fine-tuning, step by step within it, or only while the training loss is low",
+        help=told("prune before fine-tuning, step by step within it, or only while the training loss is low"),
     )
-    add("--prune-channels", type=above(1), help="channels removed in a step (done in the first half of --epochs)")
-    add("--prune-every", type=above(1), help="minibatches between steps (likewise, at most 30)")
-    add("--loss-threshold", type=number, help="largest training loss at which a continuous one prunes (1.04)")
+    add("--prune-channels", type=above(1), help=told("channels removed in a step (done in the first half of --epochs)"))
+    add("--prune-every", type=above(1), help=told("minibatches between steps (likewise, at most 30)"))
+    add("--loss-threshold", type=number, help=told("largest training loss at which a continuous one prunes (1.04)"))
     add(
         "--score-batches",
         type=above(1),
-        help="minibatches that one-shot scores on (all training data; obs: 2,000 images; nppm and its kin: a tenth)",
+        help=f"minibatches that one-shot, or what is left over after --epochs, is scored on ({scored})",
     )
     add(
         "--score-steps",
@@ -158,6 +170,7 @@ def run(arguments: Any, command: str) -> None:
         console.print(text, markup=False, soft_wrap=True)
 
     job = job_of(arguments)
+    _warn_of_idle(arguments)
     if arguments.resume and is_finished(arguments.output, "metrics.json", job.settings(), say):
         return
     earlier = _exports_in(arguments.output, job.model)
@@ -246,6 +259,24 @@ def _refuse_in_vain(arguments: Any) -> None:
         raise argparse.ArgumentError(
             None, f"--loss-threshold belongs to --schedule continuous: {arguments.schedule} does not look at the loss"
         )
+
+
+def _warn_of_idle(arguments: Any) -> None:
+    """Warn where flags of training were given and nothing is trained: an --epochs forgotten looks like a result."""
+    from nni_plugin.adapters.training import TrainingConfig
+
+    if arguments.epochs or arguments.pretrain_epochs:
+        return
+    parser = jsonargparse.ArgumentParser(exit_on_error=False)
+    add_arguments(parser)
+    defaults = parser.get_defaults()
+    idle = [
+        f"--{field.name.replace('_', '-')}"
+        for field in fields(TrainingConfig)
+        if field.name in defaults and field.name != "seed" and arguments[field.name] != defaults[field.name]
+    ]
+    if idle:
+        warnings.warn(f"Nothing is trained, so {', '.join(idle)} changes nothing: give --epochs.", stacklevel=2)
 
 
 BUDGETS: dict[str, Callable[[Any, Any], Budget]] = {

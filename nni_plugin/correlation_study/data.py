@@ -96,7 +96,8 @@ def open_images(
     if images > there:
         raise DataError(
             f"images={images} is more than the {there} training images of {splits.name!r} in whole minibatches "
-            "beside those held out; take fewer, or a smaller batch_size."
+            f"beside held_out_images={0 if held_out_from == 'test' else held_out_images}; take fewer of either, or a "
+            "smaller batch_size."
         )
     return splits
 

@@ -31,6 +31,7 @@ CASES: dict[str, tuple[list[str], list[str]]] = {
     "too few classes": (["--num-classes", "5", *HALF], ["--num-classes 5", "10"]),
     "checkpoint of another model": (["--checkpoint", "@/resnet56.pt", *HALF], ["resnet56.pt", "layer1.3"]),
     "checkpoint of other classes": (["--checkpoint", "@/seven.safetensors", *HALF], ["--num-classes 7"]),
+    "checkpoint of a pruned network": (["--checkpoint", "@/narrow.safetensors", *HALF], ["pruned", "from_pretrained"]),
     "damaged checkpoint": (["--checkpoint", "@/bad.pt", *HALF], ["bad.pt", "damaged"]),
     "damaged safetensors": (["--checkpoint", "@/bad.safetensors", *HALF], ["bad.safetensors", "damaged"]),
     "missing checkpoint": (["--checkpoint", "@/no.pt", *HALF], ["@/no.pt", "path"]),
@@ -112,6 +113,12 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.save(create_model("resnet56", "nni_plugin").state_dict(), folder / "resnet56.pt")
     seven = create_model("resnet20", "nni_plugin", num_classes=7).state_dict()
     safetensors.torch.save_file(seven, folder / "seven.safetensors")
+    narrow = create_model("resnet20", "nni_plugin").state_dict()
+    for key, value in narrow.items():
+        if key.startswith(("layer1.0.conv1", "layer1.0.bn1")) and value.dim():
+            narrow[key] = value[:5].clone()
+    narrow["layer1.0.conv2.weight"] = narrow["layer1.0.conv2.weight"][:, :5].clone()
+    safetensors.torch.save_file(narrow, folder / "narrow.safetensors")
     for name in ("bad.pt", "bad.safetensors"):
         (folder / name).write_bytes(np.random.default_rng(0).bytes(1000))
     (folder / "damaged.yaml").write_text("model: [unclosed\n  x: }")

@@ -47,6 +47,7 @@ def test_resume_where_no_comparison_is(command: Callable[..., Any], tmp_path: Pa
         (("--methods", "obss", "--macs", ".5"), "did you mean"),
         (("--methods", "obs", "--macs", ".5", "--seeds", "-1"), "--seeds"),
         (("--macs", ".5"), "--methods"),
+        (("--methods", "tp:taylor-locl", "--macs", ".5"), "tp:taylor-local"),
     ],
 )
 def test_bad_input_is_one_line_and_leaves_nothing(
@@ -57,3 +58,12 @@ def test_bad_input_is_one_line_and_leaves_nothing(
     assert len(said.errors) == 1
     assert text in said.errors[0]
     assert not (tmp_path / "compared").exists()
+
+
+def test_help_has_what_can_be_used_here(command: Callable[..., Any]) -> None:
+    said = command("compare", "--help").out
+    assert not [
+        flag for flag in ("--prune-every", "--prune-channels", "--loss-threshold", "--schedule") if flag in said
+    ]
+    assert "2,000 images" in " ".join(said.split())
+    assert "--prune-every" in command("prune", "--help").out

@@ -157,6 +157,8 @@ def test_folder_without_a_network(command, pruned, tmp_path, name):
         (["export", "@", "--format", "onxx"], ["--format", "onnx"]),
         (["export", "@", "--batch-size", "few"], ["--batch-size", "'few'"]),
         (["export", "@", "--tolerance", "small"], ["--tolerance", "number"]),
+        (["export", "@", "--tolerance", "-1"], ["--tolerance", "at least 0"]),
+        (["export", "@", "--device", "cuda"], ["--device", "CPU"]),
         (["export", "@", "--output", "@/config.json/below"], ["--output", "config.json"]),
     ],
 )

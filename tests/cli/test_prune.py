@@ -192,3 +192,16 @@ def test_unfinished_schedule_is_said_and_the_budget_is_met_all_the_same(command,
     assert "was not over" in said.err
     metrics = _metrics(tmp_path / "out")
     assert metrics["pruned"]["macs"] <= 0.5 * metrics["baseline"]["macs"]
+
+
+def test_flags_of_training_without_any_are_named(command, small, tmp_path):
+    said = command(*small, "--macs", "0.5", "--mixup", "0.2", "--model-ema", "--output", tmp_path / "idle")
+    assert said.code == 0
+    warnings = [line for line in said.err.splitlines() if "changes nothing" in line]
+    assert len(warnings) == 1
+    assert "--mixup, --model-ema changes nothing: give --epochs" in warnings[0].replace(
+        "--model-ema, --mixup", "--mixup, --model-ema"
+    )
+    said = command(*small, "--macs", "0.5", "--mixup", "0.2", "--epochs", "1", "--output", tmp_path / "trained")
+    assert "changes nothing" not in said.err
+    assert "random" in (tmp_path / "idle" / "report.html").read_text()
