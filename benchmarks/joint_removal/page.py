@@ -25,10 +25,10 @@ def render(result: dict[str, Any]) -> str:
         f"Test top-1 in percent on {settings['test_images']} images of Fashion-MNIST; every method sees the same "
         f"{settings['images']} training images. Mean and standard deviation over seeds, each a dense network of "
         "its own; a number without deviation is of one seed. *macs0.5*: half the MACs kept; *channels0.5*: half the "
-        "coupled channels. Every criterion ranks in the same planner, `tp:` those of Torch-Pruning too (its own pruners "
-        "run in [the comparison](comparison.md)). *one-shot*: scored and cut once. *reconstructed*: the same plan, then the weights of each "
-        "layer solved anew by least squares, for all methods alike. *gradual*: ten steps, scores and statistics of "
-        "batch normalisation fresh in each.",
+        "coupled channels. Every criterion ranks in the same planner, those of Torch-Pruning (`tp:`) too; its own "
+        "pruners run in [the comparison](comparison.md). *one-shot*: scored and cut once. *reconstructed*: the same "
+        "plan, then the weights of each layer solved anew by least squares, for all methods alike. *gradual*: ten "
+        "steps, scores and statistics of batch normalisation fresh in each.",
         *earlier.lines(result),
     ]
     for network in dict.fromkeys(cell["network"] for cell in cells):
