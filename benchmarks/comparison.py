@@ -183,14 +183,14 @@ def render(result: dict[str, Any]) -> str:
         "Each of ours is held against the built-in method that leaves it the least ahead. Intervals are Student's, of "
         "differences paired by seed, and hold together for all of ours at a target.",
         "",
-        "How OBS goes on after its cut (one step; after reconstruction normalisations anchored, and filters given back "
-        "their lengths) was settled on these networks and test images after first runs of this table, so its rows are "
-        "favoured by that. So are those of the built-in pruners: many were tried at half the MACs on one seed, "
-        "Torch-Pruning's in up to three ways to rank (the whole network, as in its benchmark; `-isomorphic`: layers "
-        "built alike; `-local`: each layer by itself), and the best of them run on the other seeds and targets. Rows "
-        "of OBS were run before the samples on which it chooses its damping stopped depending on the order of the data. "
-        "A method that is not listed at a target was not run there. The figure has ours and, of the built-in ones, those "
-        "that are the best of some network at some target.",
+        "How OBS goes on after its cut (one step; after reconstruction normalisations anchored, and filters given "
+        "back their lengths) was settled on these networks and test images after first runs of this table, so its "
+        "rows are favoured by that. So are those of the built-in pruners: many were tried at half the MACs on one "
+        "seed, Torch-Pruning's in up to three ways to rank (the whole network, as in its benchmark; `-isomorphic`: "
+        "layers built alike; `-local`: each layer by itself), and the best of them run on the other seeds and "
+        "targets. Rows of OBS were run before the samples on which it chooses its damping stopped depending on the "
+        "order of the data. A method that is not listed at a target was not run there. The figure has ours and, of "
+        "the built-in ones, those that are the best of some network at some target.",
         *earlier.lines(result),
         "",
         summary(result),
