@@ -51,22 +51,18 @@ def check_rows(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any],
     Raises:
         CriterionError: A layer reads or gives something else than rows of samples.
     """
-    paths = list(paths)
-    with _without_hooks(model):
-        network = copy.deepcopy(model).eval()
     rows: dict[str, list[list[int]]] = {path: [] for path in paths}
-    for path in paths:
-        network.get_submodule(path).register_forward_hook(_noting(rows[path]), with_kwargs=True)
-    whole = next(len(tensor) for tensor in tensors_in([list(args), dict(kwargs)]) if tensor.dim() > 0)
-    with torch.no_grad(), torch.random.fork_rng(devices=[]):
-        for number in _FEW:
-
-            def fewer(tensor: Tensor, number: int = number) -> Tensor:
-                rows_of_samples = tensor.dim() > 0 and len(tensor) == whole
-                return tensor[torch.arange(number, device=tensor.device) % whole] if rows_of_samples else tensor
-
-            given = tree_map_only(Tensor, fewer, (tuple(args), dict(kwargs)))
-            network(*given[0], **given[1])
+    try:
+        with _without_hooks(model):
+            network = copy.deepcopy(model).eval()
+        for path, noted in rows.items():
+            network.get_submodule(path).register_forward_hook(_noting(noted), with_kwargs=True)
+        _run_on_few(network, args, kwargs)
+    except Exception as error:  # whatever a network of the user's raises
+        raise CriterionError(
+            f"At this batch size the shape of {next(iter(rows))!r} does not say whether its rows are samples, and the "
+            f"network cannot be tried on fewer ({error}). Take minibatches of another size. The model is unchanged."
+        ) from error
     for path, seen in rows.items():
         calls = len(seen) // 2
         for of_two, of_three in zip(seen[:calls], seen[calls:], strict=True):
@@ -77,6 +73,19 @@ def check_rows(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any],
                     "dimension throughout: build it with batch_first=True, or take a criterion of whole minibatches. "
                     "The model is unchanged."
                 )
+
+
+def _run_on_few(network: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+    whole = next(len(tensor) for tensor in tensors_in([list(args), dict(kwargs)]) if tensor.dim() > 0)
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        for number in _FEW:
+
+            def fewer(tensor: Tensor, number: int = number) -> Tensor:
+                of_samples = tensor.dim() > 0 and len(tensor) == whole
+                return tensor[torch.arange(number, device=tensor.device) % whole] if of_samples else tensor
+
+            given = tree_map_only(Tensor, fewer, (tuple(args), dict(kwargs)))
+            network(*given[0], **given[1])
 
 
 @contextmanager

@@ -85,3 +85,14 @@ def test_criteria_of_whole_minibatches_do_not_care() -> None:
     assert any(name in expected for name in found)
     for name in expected.keys() & found.keys():
         torch.testing.assert_close(found[name], expected[name], rtol=1e-4, atol=1e-8)
+
+
+def test_a_network_that_cannot_be_tried_asks_for_another_batch_size() -> None:
+    class Stashing(Encoder):
+        def forward(self, x: Tensor) -> Tensor:
+            self.seen = self.stem(x)  # no copy of it can be made while its graph lives
+            return super().forward(x)
+
+    with pytest.raises(CriterionError, match="minibatches of another size"):
+        score(Stashing(batch_first=True).eval(), TaylorFisher(), SAMPLES)
+    assert score(Stashing(batch_first=True).eval(), TaylorFisher(), SAMPLES + 1)
