@@ -55,8 +55,12 @@ def score(network: nn.Module, how: Any, length: int = LENGTH) -> Any:
     return score_groups(network, groups, how, batches, loss_fn)
 
 
+def _name(how: Any) -> str:
+    return how if isinstance(how, str) else type(how).__name__
+
+
 @pytest.mark.parametrize(
-    "how", [BlockGate(), Imprinting(64), Imprinting(64, stem=True), TaylorFisher(), OBS(), "jointly"], ids=str
+    "how", [BlockGate(), Imprinting(64), Imprinting(64, stem=True), TaylorFisher(), OBS(), "jointly"], ids=_name
 )
 def test_sequence_first_is_refused(how: Any) -> None:
     torch.manual_seed(0)
@@ -68,7 +72,7 @@ def test_sequence_first_is_refused(how: Any) -> None:
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in network.modules())
 
 
-@pytest.mark.parametrize("how", [BlockGate(), Imprinting(64), TaylorFisher(), OBS()], ids=str)
+@pytest.mark.parametrize("how", [BlockGate(), Imprinting(64), TaylorFisher(), OBS()], ids=_name)
 @pytest.mark.parametrize("length", [LENGTH, SAMPLES])  # as long as there are samples: looked at, and right
 def test_batch_first_is_not(how: Any, length: int) -> None:
     assert score(Encoder(batch_first=True).eval(), how, length)
