@@ -188,9 +188,11 @@ def render(result: dict[str, Any]) -> str:
         "rows are favoured by that. So are those of the built-in pruners: many were tried at half the MACs on one "
         "seed, Torch-Pruning's in up to three ways to rank (the whole network, as in its benchmark; `-isomorphic`: "
         "layers built alike; `-local`: each layer by itself), and the best of them run on the other seeds and "
-        "targets. Rows of OBS were run before the samples on which it chooses its damping stopped depending on the "
-        "order of the data. A method that is not listed at a target was not run there. The figure has ours and, of "
-        "the built-in ones, those that are the best of some network at some target.",
+        "targets. Where each layer is ranked by itself, all of one width lose a channel in the same step, so those "
+        "networks end below the target (column MACs). Rows of OBS were run before the samples on which it chooses "
+        "its damping stopped depending on the order of the data. A method that is not listed at a target was not "
+        "run there. The figure has ours and, of the built-in ones, those that are the best of some network at some "
+        "target.",
         *earlier.lines(result),
         "",
         summary(result),
