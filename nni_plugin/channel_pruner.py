@@ -399,9 +399,9 @@ class ChannelPruner:
         if self.done:
             self.close()
             if all(len(kept[name]) <= self.min_channels for name in kept) and len(kept) > 1:
+                again = " Was the machine busy? Measure again." if self.meter is not None else ""
                 warnings.warn(
-                    f"Every layer that may be pruned is at its smallest width: nothing less meets {self.budget}. Is it "
-                    "what you want? For a latency measure again while the machine does nothing else.",
+                    f"All layers that may be pruned are at their smallest: nothing less meets {self.budget}.{again}",
                     stacklevel=4,
                 )
             if size.channels == self.dense.channels:

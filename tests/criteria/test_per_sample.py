@@ -618,19 +618,24 @@ def test_what_cannot_be_seen_is_refused() -> None:
             model[3](model[1](model[0](batch[0]))).sum().backward()
 
     class Folded(nn.Module):
-        def __init__(self) -> None:
+        def __init__(self, fold: Callable[[Tensor], Tensor]) -> None:
             super().__init__()
-            self.fc, self.out = nn.Linear(3, 5), nn.Linear(5, 3)
+            self.fold, self.fc, self.out = fold, nn.Linear(3, 5), nn.Linear(5, 3)
 
         def forward(self, x: Tensor) -> Tensor:
-            return self.out(self.fc(x.flatten(2).permute(2, 0, 1)[:5]).mean(0))  # positions first
+            return self.out(self.fc(self.fold(x.flatten(2))).flatten(0, -2)[: len(x)])
 
-    folded = Folded().double()
-    with (
-        PerSampleGates(folded, [member_of(folded, "fc", "out", 5)]),
-        pytest.raises(CriterionError, match="5 rows for 4 samples"),
-    ):
-        loss_of(folded, batch).backward()
+    folds: dict[str, Callable[[Tensor], Tensor]] = {
+        "does not hold a sample a row": lambda x: x.permute(2, 0, 1)[:5],  # positions first
+        "10 rows for 4 samples": lambda x: x.transpose(1, 2).flatten(0, 1)[:10],
+    }
+    for text, fold in folds.items():
+        folded = Folded(fold).double()
+        with (
+            PerSampleGates(folded, [member_of(folded, "fc", "out", 5)]),
+            pytest.raises(CriterionError, match=text),
+        ):
+            loss_of(folded, batch).backward()
 
 
 def test_a_layer_that_never_runs_matters_only_to_its_own_group() -> None:
