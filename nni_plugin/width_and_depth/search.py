@@ -17,7 +17,7 @@ from nni_plugin.adapters.torch_pruning import apply_plan
 from nni_plugin.compensation import reestimate_batchnorm
 from nni_plugin.cost import count
 from nni_plugin.criteria import OBS, quadratic
-from nni_plugin.errors import CriterionError, GraphError, PlanError
+from nni_plugin.errors import BudgetError, CriterionError, GraphError, PlanError
 from nni_plugin.layers.block_gate import BlockGates
 from nni_plugin.marginal_cost import MarginalCost
 from nni_plugin.planner import unchanged
@@ -49,12 +49,12 @@ class Search:
     reestimate: bool
 
     def paths(self, model: nn.Module, cost_powers: Sequence[float], limits: Limits, bar: Any) -> list[Path]:
-        """Go each way that can be gone: one may leave a network that cannot be traced any further."""
+        """Go each way that can be gone: one may end above the budget, or where no network can be traced any further."""
         found: list[Path] = []
         for number, power in enumerate(cost_powers):
             try:
                 found.append(self.path(model, power, limits, bar))
-            except (GraphError, PlanError):
+            except (BudgetError, GraphError, PlanError):
                 if number + 1 == len(cost_powers) and not found:
                     raise
         return found

@@ -38,7 +38,7 @@ def test_a_right_plan_is_proved_and_the_network_untouched() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_precision_is_no_difference_and_hides_none(dtype: torch.dtype) -> None:
+def test_half_precision_is_no_difference(dtype: torch.dtype) -> None:
     """Its rounding alone is above the tolerance."""
     torch.manual_seed(0)
     model, example = randomise(resnet20(width_mult=0.5)).to(dtype), X.to(dtype)
